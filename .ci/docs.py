@@ -25,6 +25,7 @@ from nbdev.serve import proc_nbs
 NOTICE = '<!-- Made from nbs/index.ipynb by `make docs`; edit that instead. -->\n'
 PICTURES = {'image/png': 'png', 'image/jpeg': 'jpg'}
 KATEX = re.compile(r'<(?:link|script)\b[^>]*katex[^>]*>(?:</script>)?', re.I)
+FOREIGN_FONT = re.compile(r"""@import\s+(?:url\(["']?https?:[^)]*\)|(["'])https?:.*?\1);?""")
 FORMULA = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.S)
 
 
@@ -91,12 +92,17 @@ def named_as_pages(processed, root, site):
     (site/'_quarto.yml').write_text(navigation + '\nmetadata-files: [nbdev.yml]\n', encoding='utf-8')
 
 
-def draw_formulas(pages):
-    "Replace TeX by MathML in the finished pages, and the library that would have fetched fonts from elsewhere"
-    def drawn(found): return convert(html.unescape(found[2]), display='block' if found[1] == 'display' else 'inline')
+def self_contained(pages, address):
+    "Make finished pages readable from a disk without a network: formulas as MathML, no fonts from elsewhere, links within the site relative"
+    def drawn(found):
+        display = 'block' if found[1] == 'display' else 'inline'
+        return f'<span class="math {found[1]}">{convert(html.unescape(found[2]), display=display)}</span>'
     for path in pages.rglob('*.html'):
-        page = path.read_text(encoding='utf-8')
-        path.write_text(FORMULA.sub(lambda found: f'<span class="math {found[1]}">{drawn(found)}</span>', KATEX.sub('', page)), encoding='utf-8')
+        page = FORMULA.sub(drawn, KATEX.sub('', path.read_text(encoding='utf-8')))
+        above = '../'*(len(path.relative_to(pages).parts) - 1)
+        path.write_text(page.replace(f'href="{address}/', f'href="{above}'), encoding='utf-8')
+    for path in pages.rglob('*.css'):
+        path.write_text(FOREIGN_FONT.sub('', path.read_text(encoding='utf-8')), encoding='utf-8')
 
 
 def render(processed, settings, site):
@@ -105,7 +111,7 @@ def render(processed, settings, site):
     for command in (['check'], ['render', '--quiet', '--strict']):
         subprocess.run([sys.executable, '-m', 'smalldocs.cli', *command, str(site)], check=True)
     finished = site/settings.doc_path.name
-    draw_formulas(finished)
+    self_contained(finished, settings.doc_host.rstrip('/') + settings.doc_baseurl.rstrip('/'))
     return finished
 
 

@@ -85,7 +85,7 @@ def _matrix_for(matrix, width, height):
     "The matrix that is named or, where none is, the one that players assume: BT.709 for high definition, else BT.601"
     return matrix if matrix in _KR_KB else 1 if max(width, height) >= 1280 or min(width, height) >= 720 else 6
 
-# %% ../nbs/10_media.ipynb #f410a460
+# %% ../nbs/10_media.ipynb #0b322a8b
 def _conversions(matrix, full_range):
     "Affine maps [3, 4]: RGB to YCbCr and back, both on 0..255"
     kr, kb = _KR_KB[matrix]
@@ -99,8 +99,8 @@ def _to_yuv(image, matrix, full_range):
     "RGB [H, W, 3] of even size to YUV 4:2:0 as `[H*3/2, W]`"
     height, width = image.shape[:2]
     luma, *chroma = cv2.split(cv2.transform(image, _conversions(matrix, full_range)[0]))
-    half = [cv2.resize(plane, (width//2, height//2), interpolation=cv2.INTER_AREA).reshape(-1, width) for plane in chroma]
-    return np.concatenate([luma, *half]) if height % 4 == 0 else np.concatenate([luma.ravel(), *(h.ravel() for h in half)]).reshape(-1, width)
+    half = [cv2.resize(plane, (width//2, height//2), interpolation=cv2.INTER_AREA) for plane in chroma]
+    return np.concatenate([plane.ravel() for plane in (luma, *half)]).reshape(-1, width)
 
 # %% ../nbs/10_media.ipynb #638f6476
 def _planes(frame):
@@ -217,7 +217,7 @@ class Frame:
     time:Fraction # Seconds since the first frame
     index:int # Number of the frame, from 0
 
-# %% ../nbs/10_media.ipynb #8b9665a8
+# %% ../nbs/10_media.ipynb #c52519a3
 class VideoSource:
     "Frames of a video, a picture or a folder of pictures, at a constant rate. Raises `MediaError` where there are none"
     def __init__(self,
@@ -226,28 +226,30 @@ class VideoSource:
     ):
         self.path, self.color, self.has_audio = Path(path), ColorTags(), False
         self.fps, self._count = Fraction(fps).limit_denominator(1001) if fps else Fraction(25), None
+        self._uneven = False
         if self.fps <= 0: raise MediaError(f'A frame rate of {fps} makes no sense; give one above 0, such as 25.')
         self.kind = 'folder' if self.path.is_dir() else 'image' if self.path.suffix.lower() in PICTURES else 'video'
         if self.kind == 'video': self._open_video(fps)
-        elif self.kind == 'folder': self._files, (self.width, self.height) = _folder_pictures(self.path)
+        elif self.kind == 'folder':
+            self._files, (self.width, self.height) = _folder_pictures(self.path)
+            self._count = len(self._files)
         else:
-            self._files = [self.path]
+            self._files, self._count = [self.path], 1
             self.height, self.width = read_image(self.path).shape[:2]
 
     def __repr__(self): return f'VideoSource({self.path.name!r}, {self.kind}, {self.width}x{self.height}, {self.fps} fps)'
 
-# %% ../nbs/10_media.ipynb #4ae2ea0a
+# %% ../nbs/10_media.ipynb #d296b65a
 @patch
 def _open_video(self:VideoSource, fps):
     "Read what the first frame of a video tells"
     with _open(self.path) as container:
         stream = _video_stream(container)
-        if stream is None: raise MediaError(f'{self.path} has no pictures, only sound; give a video, a picture or a folder of pictures.')
+        if stream is None: raise MediaError(f'{self.path} holds no video; give a video, a picture or a folder of pictures.')
         frame = next(_decoded(self.path, container, stream), None)
         if frame is None: raise MediaError(f'{self.path} has a video track of which no frame can be decoded; export or copy it again.')
         self.has_audio, self._by_order = bool(container.streams.audio), container.format.name == 'avi'
         self._period = 1/(stream.average_rate or stream.guessed_rate or Fraction(25))
-        self.rate_varies = bool(stream.base_rate and stream.average_rate and abs(stream.base_rate/stream.average_rate - 1) > Fraction(1, 1000))
         if not fps: self.fps = constant_rate(stream.average_rate or stream.guessed_rate, stream.base_rate)
         self._start, self._turn, aspect = self._time(frame, stream), _orientation(frame), stream.sample_aspect_ratio or Fraction(1)
         swapped = self._turn is not None and self._turn[0, 0] == 0
@@ -262,14 +264,19 @@ def _time(self:VideoSource, frame, stream, otherwise=Fraction(0)):
     stamp = frame.dts if self._by_order or frame.pts is None else frame.pts
     return otherwise if stamp is None else stamp*stream.time_base
 
-# %% ../nbs/10_media.ipynb #76c77992
+@patch
+def _slot(self:VideoSource, seconds):
+    "The place on the grid that is nearest to a time"
+    return floor(seconds*self.fps + Fraction(1, 2))
+
+# %% ../nbs/10_media.ipynb #622ff341
 @patch
 def _on_grid(self:VideoSource, decoded, stream, start, stop):
     "Pair each index with the newest decoded frame whose time has come"
     current, index, time = None, start, self._start - self._period
     for frame in decoded:
         time = self._time(frame, stream, time + self._period)
-        slot = floor((time - self._start)*self.fps + Fraction(1, 2))
+        slot = self._slot(time - self._start)
         if current is not None:
             for index in range(index, min(slot, stop)): yield index, current
             index = max(index, min(slot, stop)) if slot > index else index
@@ -277,32 +284,41 @@ def _on_grid(self:VideoSource, decoded, stream, start, stop):
         current = frame
     if current is not None: yield from zip(range(index, stop), repeat(current))
 
-# %% ../nbs/10_media.ipynb #d0d32f5c
+# %% ../nbs/10_media.ipynb #0c86b894
 @patch
 def _scan(self:VideoSource):
-    "Number of frames on the grid, from the time stamps of all packets (nothing is decoded)"
-    ends, begin = [], None if self._by_order else self._start
+    "Count the frames on the grid by the time stamps of all packets (nothing is decoded); note whether they come evenly"
+    packets, slots, begin, end = 0, [], None if self._by_order else self._start, self._start
     with _open(self.path) as container:
         stream = _video_stream(container)
         for packet in _packets(self.path, container, stream):
+            packets += packet.size > 0
             if not packet.size or packet.is_discard: continue
-            time = self._time(packet, stream, ends[-1] if ends else self._start)
+            time = self._time(packet, stream, end)
             begin = time if begin is None else begin
-            ends.append(time + (packet.duration*stream.time_base if packet.duration else self._period))
-    return max(1, floor((max(ends) - begin)*self.fps + Fraction(1, 2)))
+            end = max(end, time + (packet.duration*stream.time_base if packet.duration else self._period))
+            slots.append(self._slot(time - begin))
+        if packets < stream.frames: logger.warning('%s is cut off: it holds %d of its %d frames.', self.path, packets, stream.frames)
+    self._count = max(1, self._slot(end - begin))
+    self._uneven = sorted(slots) != list(range(self._count))
 
 @patch(as_prop=True)
 def frame_count(self:VideoSource) -> int:
     "How many frames there are (a video's packets are counted on first use)"
-    if self._count is None: self._count = self._scan() if self.kind == 'video' else len(self._files)
+    if self._count is None: self._scan()
     return self._count
+
+@patch(as_prop=True)
+def rate_varies(self:VideoSource) -> bool:
+    "Whether some frames of the file had to be repeated or left out"
+    return self.frame_count > 0 and self._uneven
 
 @patch(as_prop=True)
 def duration(self:VideoSource) -> Fraction:
     "Length in seconds"
     return self.frame_count/self.fps
 
-# %% ../nbs/10_media.ipynb #7f21b19d
+# %% ../nbs/10_media.ipynb #1dd17a3d
 @patch
 def _from(self:VideoSource, container, stream, start):
     "Decode from the nearest key frame from which frame `start` can be had; None where seeking does not work"
@@ -312,7 +328,7 @@ def _from(self:VideoSource, container, stream, start):
         except FFmpegError: return None
         decoded = _decoded(self.path, container, stream)
         frame = next((frame for frame in decoded if frame.key_frame), None)
-        if frame and (self._time(frame, stream, target + 1) - self._start)*self.fps <= start: return chain([frame], decoded)
+        if frame and self._slot(self._time(frame, stream, target + 1) - self._start) <= start: return chain([frame], decoded)
         back = max(2*back, Fraction(1))
     return None
 
@@ -365,13 +381,13 @@ def first(self:VideoSource) -> Frame: # The first frame
     "The frame at time 0"
     return next(self.frames(0, 1))
 
-# %% ../nbs/10_media.ipynb #589290f2
+# %% ../nbs/10_media.ipynb #2aa0e7d1
 def frame_count_for(
     audio_seconds:Fraction|float, # Length of the sound
     fps:Fraction, # Frames per second
 ) -> int: # Number of frames
-    "How many frames accompany a sound: the nearest whole number, halves upwards"
-    return floor(Fraction(audio_seconds)*Fraction(fps) + Fraction(1, 2))
+    "How many frames accompany a sound: `round(audio_seconds*fps)`, computed exactly"
+    return round(Fraction(audio_seconds)*Fraction(fps))
 
 def _runs(count, mode):
     "Endless stretches (first index, index after the last, step) that a loop mode plays one after the other"
@@ -666,7 +682,7 @@ def __exit__(self:VideoWriter, *problem):
     session, self._session = self._session, None
     return session.__exit__(*problem)
 
-# %% ../nbs/10_media.ipynb #32ffdf82
+# %% ../nbs/10_media.ipynb #d0e92dd2
 def media_info(
     path:str|Path, # Video, picture, folder or sound file
 ) -> dict: # Plain values, ready for JSON
@@ -678,11 +694,12 @@ def media_info(
         with _open(path) as container:
             streams = _video_stream(container), container.streams.best('audio')
             info = dict(container=container.format.name, bytes=path.stat().st_size)
+            if not any(streams): raise MediaError(f'{path} holds neither video nor sound; give a file that plays in a video player.')
             if streams[0]: info |= dict(video_codec=streams[0].codec_context.name, pixel_format=streams[0].pix_fmt)
     if known or streams[0]:
         source = VideoSource(path)
         info |= dict(kind=source.kind, width=source.width, height=source.height, fps=str(source.fps), frames=source.frame_count,
-                     seconds=float(source.duration), rate_varies=getattr(source, 'rate_varies', False))
+                     seconds=float(source.duration), rate_varies=source.rate_varies)
     if streams and streams[1]:
         sound = AudioSource(path)
         info |= dict(audio_codec=sound.codec, sample_rate=sound.rate, channels=sound.channels, audio_seconds=float(audio_duration(path)))

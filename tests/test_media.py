@@ -148,7 +148,7 @@ def test_odd_sizes(tmp_path, width, height):
     seen = VideoSource(tmp_path/'odd.mp4').first().image.astype(int)
     assert seen.shape == (height + height % 2, width + width % 2, 3)
     assert np.abs(seen[:height, :width].mean(2) - image.mean(2)).mean() < 3
-    if height % 2: assert np.abs(seen[-1] - seen[-2]).mean() < 4
+    if height % 2: assert np.abs(seen[-1, 4:-4] - (220, 40, 40)).max() <= 8
 
 def test_odd_source(tmp_path):
     source = VideoSource(make_video(tmp_path/'odd.webm', 4, codec='libvpx-vp9', width=97, height=63))
@@ -265,7 +265,7 @@ def test_sound_becomes_mono_16k(tmp_path, rate, channels):
     blocks = list(audio_blocks(path, .37))
     assert {len(block) for block in blocks[:-1]} == {5920} and (np.concatenate(blocks) == samples).all()
 
-@pytest.mark.parametrize('suffix,codec', [('mp3', 'libmp3lame'), ('m4a', 'aac'), ('flac', 'flac'), ('ogg', 'libvorbis'), ('opus', 'libopus'), ('aiff', 'pcm_s16be')])
+@pytest.mark.parametrize('suffix,codec', [('mp3', 'libmp3lame'), ('m4a', 'aac'), ('flac', 'flac'), ('ogg', 'libopus'), ('opus', 'libopus'), ('aiff', 'pcm_s16be')])
 def test_sound_formats(tmp_path, suffix, codec):
     with av.open(str(tmp_path/f'a.{suffix}'), 'w') as container:
         stream = container.add_stream(codec, rate=48000, layout='mono')
@@ -405,7 +405,7 @@ def test_no_picture(tmp_path):
     with pytest.raises(MediaError, match='q.jpg is damaged or cut off'): VideoSource(tmp_path/'q.jpg')
 
 def test_sound_as_video_and_video_without_sound(tmp_path):
-    with pytest.raises(MediaError, match='a.wav has no pictures, only sound'): VideoSource(write_wav(tmp_path/'a.wav', tone(.2, 8000)[None], 8000))
+    with pytest.raises(MediaError, match='a.wav holds no video; give'): VideoSource(write_wav(tmp_path/'a.wav', tone(.2, 8000)[None], 8000))
     with pytest.raises(MediaError, match='v.mp4 has no sound; give'): load_audio(make_video(tmp_path/'v.mp4', 3))
     assert media_info(tmp_path/'a.wav')['kind'] == 'audio'
 
