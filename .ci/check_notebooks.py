@@ -81,9 +81,18 @@ def notebook_faults(path):
             for fault in output_faults(output): yield number, fault
 
 
+def navigation_faults(notebooks):
+    "Notebooks that the site's navigation forgets, and entries without a notebook"
+    listed = set(re.findall(r'[\w-]+\.ipynb', (ROOT/'_quarto.yml').read_text(encoding='utf-8')))
+    present = {path.name for path in notebooks}
+    yield from (f'_quarto.yml: {name} is not in the sidebar' for name in sorted(present - listed))
+    yield from (f'_quarto.yml: {name} does not exist' for name in sorted(listed - present))
+
+
 def main():
     notebooks = sorted(path for path in (ROOT/'nbs').rglob('*.ipynb') if not any(part[0] in '._' for part in path.relative_to(ROOT).parts))
     faults = [f'{path.relative_to(ROOT)}:cell {number}: {fault}' for path in notebooks for number, fault in notebook_faults(path)]
+    faults += navigation_faults(notebooks)
     total = sum(path.stat().st_size for path in notebooks)
     if total > TOTAL_LIMIT: faults.append(f'nbs: {total/1e6:.1f} MB of notebooks, more than {TOTAL_LIMIT/1e6:.0f}')
     if faults: sys.exit('\n'.join([*faults, f'{len(faults)} fault(s).']))

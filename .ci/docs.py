@@ -71,7 +71,7 @@ def readme(notebook):
         if not re.search(r'^#\| *echo: *false', text, re.M):
             parts.append('```python\n' + re.sub(r'^#\|.*\n', '', text, flags=re.M).strip() + '\n```\n')
         parts += [part for part in (shown(output, pictures) for output in cell['outputs']) if part]
-    return '\n'.join(parts), pictures
+    return '\n'.join(parts).replace('\n```\n\n```python\n', '\n'), pictures  # neighbouring code cells read as one
 
 
 # The site

@@ -7,12 +7,13 @@ __all__ = ['SAMPLE_RATE', 'FEATURE_RATE', 'FEATURE_SAMPLES', 'OFFICIAL_BLOCK', '
            'StreamingFeatures', 'encode_audio', 'window_starts', 'frame_windows', 'tokens', 'StreamingTokens',
            'frame_tokens', 'positional_encoding']
 
-# %% ../nbs/20_audio.ipynb #815b34d7
+# %% ../nbs/20_audio.ipynb #98247a82
 import json
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
+from pickle import UnpicklingError
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -135,20 +136,21 @@ def _layer(layer, hidden, wanted):
     hidden = hidden[:, wanted] + attention.out_proj(mixed)
     return hidden + layer.fc2(F.gelu(layer.fc1(layer.final_layer_norm(hidden))))
 
-# %% ../nbs/20_audio.ipynb #a28dcf69
+# %% ../nbs/20_audio.ipynb #315897e5
 def _encoder_weights(folder):
     "The encoder's own tensors of a folder, whichever layout the weights have"
-    if (folder/'model.safetensors').exists():
-        from safetensors.torch import load_file
-        weights = load_file(folder/'model.safetensors')
-    elif (folder/'pytorch_model.bin').exists():
-        weights = torch.load(folder/'pytorch_model.bin', map_location='cpu', weights_only=True)
-    else: raise BundleError(f"No model.safetensors or pytorch_model.bin in '{folder}'; fetch the bundle again.")
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    file = next((folder/name for name in ('model.safetensors', 'pytorch_model.bin') if (folder/name).exists()), None)
+    if file is None: raise BundleError(f"No model.safetensors or pytorch_model.bin in '{folder}'; fetch the bundle again.")
+    try: weights = load_file(file) if file.suffix == '.safetensors' else torch.load(file, map_location='cpu', weights_only=True)
+    except (SafetensorError, OSError, EOFError, RuntimeError, UnpicklingError) as error:
+        raise BundleError(f"'{file}' is damaged; fetch the bundle again. ({error})") from error
     prefix = next((p for p in ('model.encoder.', 'encoder.', '') if f'{p}conv1.weight' in weights), None)
     if prefix is None: raise BundleError(f"The weights in '{folder}' hold no Whisper encoder.")
     return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
-# %% ../nbs/20_audio.ipynb #ab0ed1fa
+# %% ../nbs/20_audio.ipynb #daa58939
 OFFICIAL_BLOCK = dict(left=0, hop=30, lookahead=0, layers=[0, 1, 2, 3, 4])
 
 @patch(cls_method=True)
@@ -167,9 +169,9 @@ def from_folder(cls:WhisperEncoder,
     block = {**config.pop('block', OFFICIAL_BLOCK), **block}
     weights = _encoder_weights(folder)
     positions = int(sum(Fraction(str(block[k])) for k in ('left', 'hop', 'lookahead')) * FEATURE_RATE)
+    if positions > len(weights['embed_positions.weight']): raise ConfigError(f'A block of {positions / FEATURE_RATE} s is too long.')
     weights['embed_positions.weight'] = weights['embed_positions.weight'][:positions]
-    config = WhisperConfig(**{**config, 'max_source_positions': positions})
-    network = Network(config)
+    network = Network(WhisperConfig(**{**config, 'max_source_positions': positions}))
     try: network.load_state_dict(weights)
     except RuntimeError as error: raise BundleError(f"The weights in '{folder}' do not fit its config.json: {error}") from error
     return cls(network.to(device, dtype), **block)

@@ -91,7 +91,7 @@ def generate(self,
     return crops
 Bundle.encode_crops, Bundle.generate = encode_crops, generate
 
-# %% ../nbs/32_bundle.ipynb #43ac3ea3
+# %% ../nbs/32_bundle.ipynb #08f6fca6
 def save_bundle(bundle:Bundle, # what to write
                 folder, # new or existing folder
                 audio_encoder_folder=None, # copied as `audio_encoder` unless it lies there already
@@ -102,8 +102,8 @@ def save_bundle(bundle:Bundle, # what to write
     for name, model in (('vae', bundle.vae.model), ('unet', bundle.painter), ('adapter', bundle.adapter)):
         if model is None: continue
         kept = model.dtype
-        model.to(dtype).save_pretrained(folder/name)
-        model.to(kept)
+        torch.nn.Module.to(model, dtype).save_pretrained(folder/name)
+        torch.nn.Module.to(model, kept)
     if audio_encoder_folder and Path(audio_encoder_folder).resolve() != (folder/'audio_encoder').resolve():
         shutil.copytree(audio_encoder_folder, folder/'audio_encoder', dirs_exist_ok=True)
     hash_bundle(folder, bundle.config)

@@ -1,0 +1,142 @@
+"The command line as a user meets it: words in, files, sentences and exit statuses out"
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import musetalk
+from musetalk.cli import COMMANDS, main, speak
+from musetalk.core import ConfigError, save_image
+from musetalk.media import VideoSource, load_audio, write_audio
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def place(tmp_path, portrait, voice, toy_folder, monkeypatch):
+    "A folder with a picture and a sound, which is the working directory"
+    save_image(tmp_path/'she.png', portrait)
+    write_audio(tmp_path/'words.wav', voice)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('MUSETALK_MODELS', str(toy_folder.parent))
+    return tmp_path
+
+
+@pytest.fixture
+def hibari(monkeypatch):
+    "A stand-in for the voice"
+    module = types.ModuleType('hibari')
+    class Hibari:
+        def __call__(self, text, speed=1., seed=0): return np.float32(.2*np.sin(np.arange(int(2400*len(text)/speed))/9))
+    module.Hibari = Hibari
+    monkeypatch.setitem(sys.modules, 'hibari', module)
+
+
+def run(*words, capsys):
+    "Exit status, what was printed, what was complained"
+    try: status = main([str(word) for word in words])
+    except SystemExit as leaving: status = leaving.code
+    return status, *capsys.readouterr()
+
+
+def test_help_and_version(capsys):
+    status, printed, _ = run('--help', capsys=capsys)
+    assert status == 0 and 'examples:' in printed and all(f'\n    {name} ' in printed for name in COMMANDS)
+    assert run('--version', capsys=capsys)[1].strip() == f'musetalk {musetalk.__version__}'
+    for name in COMMANDS: assert 'examples:' in run(name, '--help', capsys=capsys)[1]
+
+
+def test_help_is_quick():
+    code = 'import sys, musetalk.cli as cli; cli.build_parser().format_help(); print(sorted({"torch", "cv2", "av", "yaml"} & set(sys.modules)))'
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == '[]'
+
+
+def test_dub(place, capsys):
+    status, printed, complaints = run('dub', '--video', 'she.png', '--audio', 'words.wav', '--bundle', 'toy', '--fps', '30', '--no-progress', capsys=capsys)
+    assert status == 0 and printed.startswith('results/she_words.mp4: 15 frames, 0.50 s at 30 fps') and not complaints
+    assert VideoSource('results/she_words.mp4').frame_count == 15 and Path('results/she_words.json').exists()
+
+
+def test_dub_json(place, capsys):
+    status, printed, _ = run('dub', '--video', 'she.png', '--audio', 'words.wav', '--bundle', 'toy', '--out', 'a.mp4', '--json', '--crf', 30, '--loop', 'hold', capsys=capsys)
+    report = json.loads(printed)
+    assert status == 0 and report['settings']['crf'] == 30 and report['settings']['loop'] == 'hold'
+    assert report == json.loads(Path('a.json').read_text())
+    assert set(report['stages']) >= {'decode', 'face', 'encode', 'audio', 'generate', 'blend', 'write'} and report['bundle']['name'] == 'toy'
+
+
+def test_dub_text(place, capsys, hibari):
+    status, printed, _ = run('dub', '--video', 'she.png', '--text', 'Hello', '--bundle', 'toy', capsys=capsys)
+    assert status == 0 and VideoSource('results/she_text.mp4').frame_count == 12
+
+
+def test_text_without_a_voice(place, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'hibari', None)
+    status, printed, complaint = run('dub', '--video', 'she.png', '--text', 'Hello', '--bundle', 'toy', capsys=capsys)
+    assert status == 2 and "pip install 'musetalk[tts]'" in complaint
+
+
+def test_speak(tmp_path, hibari):
+    speak('Hello', tmp_path/'a.wav', speed=2)
+    assert len(load_audio(tmp_path/'a.wav')) == 4000
+    with pytest.raises(ConfigError, match='no text'): speak('  ', tmp_path/'b.wav')
+
+
+def test_preview(place, capsys):
+    status, printed, _ = run('preview', '--video', 'she.png', '--bundle', 'toy', '--bbox-shift', -4, capsys=capsys)
+    assert status == 0 and 'results/she_preview.jpg: crop box' in printed and 'sensible values of --bbox-shift' in printed
+    status, printed, _ = run('dub', '--preview', '--video', 'she.png', '--audio', 'words.wav', '--out', 'x.mp4', '--bundle', 'toy', '--json', capsys=capsys)
+    assert status == 0 and json.loads(printed)['preview'] == 'x.jpg' and Path('x.jpg').exists() and not Path('x.mp4').exists()
+
+
+def test_info(place, capsys):
+    assert json.loads(run('info', 'she.png', '--json', capsys=capsys)[1])['width'] == 160
+    assert 'audio seconds 0.5' in run('info', 'words.wav', capsys=capsys)[1]
+
+
+def test_demo(place, capsys, hibari):
+    status, printed, complaint = run('demo', '--bundle', 'toy', '--text', 'Hi', '--out', 'out/demo.mp4', capsys=capsys)
+    assert status == 0 and 'out/demo.mp4' in printed and 'out/demo.jpg' in printed, complaint
+    assert Path('out/demo.jpg').exists() and VideoSource('out/demo.mp4').has_audio
+
+
+def test_tasks(place, capsys):
+    Path('tasks.yaml').write_text('a: {video_path: she.png, audio_path: words.wav}\nb: {video_path: gone.png, audio_path: words.wav}\n')
+    status, printed, _ = run('dub', '--tasks', 'tasks.yaml', '--bundle', 'toy', '--no-progress', capsys=capsys)
+    assert status == 1 and 'b: FAILED: gone.png does not exist' in printed and '1 of 2 tasks done' in printed
+    Path('tasks.yaml').write_text('a: {video_path: she.png, audio_path: words.wav, shift: 3}\n')
+    status, _, complaint = run('dub', '--tasks', 'tasks.yaml', '--bundle', 'toy', capsys=capsys)
+    assert status == 2 and "unknown key 'shift'; known are" in complaint
+
+
+@pytest.mark.parametrize('words,sentence', [
+    (['dub'], 'There is no footage'), (['dub', '--video', 'she.png'], 'There is nothing to say'), (['info', 'gone.mp4'], 'gone.mp4 does not exist'),
+    (['dub', '--video', 'she.png', '--audio', 'words.wav', '--text', 'Hi'], 'choose one'), (['dub', '--video', 'she.png', '--audio', 'words.wav', '--bundle', 'maxi'], "no bundle 'maxi'"),
+    (['dub', '--video', 'she.png', '--audio', 'words.wav', '--bundle', 'toy', '--device', 'abacus'], "Unknown device 'abacus'"),
+    (['dub', '--video', 'she.png', '--audio', 'words.wav', '--face', 'left'], "Unknown face 'left'"), (['preview'], 'There is no footage'),
+    (['dub', '--tasks', 'gone.yaml'], 'Cannot read gone.yaml'), (['dub', '--video', 'she.png', '--audio', 'words.wav', '--fps', '0'], 'out of range')])
+def test_mistakes(place, capsys, words, sentence):
+    status, _, complaint = run(*words, capsys=capsys)
+    assert status == 2 and complaint.startswith('musetalk: ') and sentence in complaint and complaint.count('\n') == 1
+
+
+def test_wrong_usage_is_argparse_business(capsys):
+    for words in ([], ['fly'], ['dub', '--crf', 'much']): assert run(*words, capsys=capsys)[0] == 2
+
+
+def test_bench(place, capsys):
+    status, printed, complaint = run('bench', 'dub', '--bundle', 'toy', '--video', 'she.png', '--audio', 'words.wav', '--seconds', 1, '--json', '--save', 'figures.json', capsys=capsys)
+    figures = json.loads(printed)
+    assert status == 0 and figures['frames'] == 25 and set(figures['milliseconds_per_frame']) >= {'clock', 'face', 'generate', 'write'}, complaint
+    assert json.loads(Path('figures.json').read_text())['command'] == 'musetalk bench dub --bundle toy --video she.png --audio words.wav --seconds 1 --json'
+
+
+def test_bench_memory(place, capsys):
+    status, printed, complaint = run('bench', 'memory', '--bundle', 'toy', '--video', 'she.png', '--audio', 'words.wav', '--lengths', 1, 2, '--json', capsys=capsys)
+    assert status == 0, complaint
+    figures = json.loads(printed)
+    assert [run['frames'] for run in figures['runs']] == [25, 50] and abs(figures['growth']) < .1
