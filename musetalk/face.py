@@ -369,7 +369,7 @@ def appearance(image, square):
     patch_ -= patch_.mean()
     return patch_/(np.linalg.norm(patch_) + 1e-6)
 
-# %% ../nbs/11_face.ipynb #8956e711
+# %% ../nbs/11_face.ipynb #1e6ba59c
 MEAN_HABIT = np.array([0., 0., 1.])
 
 def _habit(square, box_square):
@@ -386,7 +386,7 @@ def _search(square, habit):
 @patch
 def _place(self:FaceTracker, image, square, habit=MEAN_HABIT):
     "Landmarks near the face's last square; once more if it has moved far"
-    for _ in range(2):
+    for _ in range(3):
         landmarks, fit = self.backend.locate(image, *_for_backend(_search(square, habit)))
         before, square = square, face_square(landmarks)
         if np.hypot(*(square[:2] - before[:2])) < .12*square[2] and abs(np.log(square[2]/before[2])) < .15: break
@@ -407,18 +407,20 @@ def _for_backend(square):
 @patch
 def _accept(self:FaceTracker, face, look, verified=False, new=False):
     "Take this face as the one we follow"
+    moved = np.zeros(4) if new or self.square is None else face.square - self.square
+    self.velocity = np.r_[moved[:2], 0, 0]*(np.hypot(*moved[:2]) > .04*face.square[2])
     self.square, self.habit, self.look = face.square, face.habit, look
     if verified: self.since, self.reference = 0, look
     if new: self.segment += 1
     self.misses = self.wait = 0
     return face
 
-# %% ../nbs/11_face.ipynb #b9cba619
+# %% ../nbs/11_face.ipynb #113fd99e
 @patch
 def _follow(self:FaceTracker, image):
     "The same face in the next frame, or None"
     self.since += 1
-    face = self._place(image, self.square, self.habit)
+    face = self._place(image, self.square + self.velocity, self.habit)
     look, stays = appearance(image, face.square), _overlap(_bbox(face.square), _bbox(self.square)) > .3
     fits = face.fit >= MIN_FIT and stays
     sure = fits and float((look*self.reference).sum()) >= MIN_LIKENESS
@@ -439,8 +441,9 @@ def _doubt(self:FaceTracker, image, face, near):
     if best is None:
         self.square = None
         return None
-    jumped = _overlap(_bbox(best.square), _bbox(before)) < .5
-    return self._accept(best, appearance(image, best.square), verified=True, new=jumped)
+    look = appearance(image, best.square)
+    other = _overlap(_bbox(best.square), _bbox(before)) < .4 or float((look*self.look).sum()) < .5
+    return self._accept(best, look, verified=True, new=other)
 
 @patch
 def _placed(self:FaceTracker, image, found):
@@ -487,7 +490,7 @@ def _resembling(self:FaceTracker, image, faces, moved):
     best = min(faces, key=cost)
     return best if cost(best) < 1 else None
 
-# %% ../nbs/11_face.ipynb #0e61afc6
+# %% ../nbs/11_face.ipynb #369b1df8
 @patch
 def _chosen(self:FaceTracker, faces):
     "The face that `select` means, or None"
@@ -504,7 +507,7 @@ def _detect(self:FaceTracker, image):
     found = [(box, score, 0.) for box, score in self.backend.detect(image, all_sizes=all_sizes, quick=quick)]
     faces = self._placed(image, found)
     if faces or quick: return faces
-    for roll in self.backend.rolls: found += [(box, score, roll) for box, score in self.backend.detect(image, roll)]
+    for roll in self.backend.rolls: found += [(box, score, roll) for box, score in self.backend.detect(image, roll, quick=True) if score > .4]
     faces = self._placed(image, sorted(found, key=lambda face: -face[1])[:1])
     if not faces and self.patience <= 0:
         self.patience = 250

@@ -216,7 +216,7 @@ def constant_rate(
     even = base and abs(base/average - 1) < Fraction(1, 1000)
     return _nearest_standard(average, Fraction(1, 2000) if even else Fraction(1, 50))
 
-# %% ../nbs/10_media.ipynb #393ad8d7
+# %% ../nbs/10_media.ipynb #62c1aca1
 @dataclass
 class Frame:
     "One frame of a source"
@@ -239,6 +239,8 @@ class VideoSource:
             self._files = [self.path]
             self.height, self.width = read_image(self.path).shape[:2]
         if self.kind != 'video': self._count = len(self._files)
+
+    def __iter__(self): return self.frames()
 
     def __repr__(self): return f'VideoSource({self.path.name!r}, {self.kind}, {self.width}x{self.height}, {self.fps} fps)'
 
@@ -347,7 +349,7 @@ def _native(self:VideoSource, start, stop, container=None):
     if decoded is not None: yield from self._on_grid(decoded, stream, start, stop)
     else: yield from ((index, frame) for index, frame in self._native(0, stop) if index >= start)
 
-# %% ../nbs/10_media.ipynb #537872cf
+# %% ../nbs/10_media.ipynb #bc4d4986
 @patch
 def _finish(self:VideoSource, native):
     "A decoded frame as upright RGB"
@@ -370,9 +372,6 @@ def frames(self:VideoSource,
     for index, native in pairs:
         if native is not last: last, image = native, self._finish(native) if self.kind == 'video' else self._picture(index)
         yield Frame(image, index/self.fps, index)
-
-@patch
-def __iter__(self:VideoSource): return self.frames()
 
 @patch
 def first(self:VideoSource) -> Frame: # The frame at time 0
@@ -433,7 +432,7 @@ def looped(
                 for held in source.frames(start, stop) if step > 0 else source._backwards(start, stop, chunk): yield held
     return islice(play(), count)
 
-# %% ../nbs/10_media.ipynb #8ef6f11a
+# %% ../nbs/10_media.ipynb #301dafc3
 class AudioSource:
     "The sound of a file in blocks of float32 [channels, n] at its own rate. Raises `MediaError` where there is none"
     def __init__(self,
@@ -453,7 +452,9 @@ class AudioSource:
             frame = next(_decoded(self.path, container, video), None) if video else None
             if frame is not None and frame.pts is not None and container.format.name != 'avi': self._zero = frame.pts*video.time_base
 
-# %% ../nbs/10_media.ipynb #69b511f6
+    def __iter__(self): return self._placed()
+
+# %% ../nbs/10_media.ipynb #0f98996b
 @patch
 def _converted(self:AudioSource, container, stream):
     "Decoded blocks [channels, n] with their times in seconds (or None)"
@@ -467,7 +468,8 @@ def _converted(self:AudioSource, container, stream):
         for block in resampler.resample(frame): yield time, block.to_ndarray().reshape(-1, self.channels).T[:, :length]
 
 @patch
-def __iter__(self:AudioSource):
+def _placed(self:AudioSource):
+    "The blocks, cut and padded to begin at second 0"
     with _open(self.path) as container:
         position, second = None, self.rate
         for time, block in self._converted(container, container.streams.best('audio')):

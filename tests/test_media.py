@@ -324,6 +324,14 @@ def test_frames_and_sound_have_one_length(tmp_path, fps):
         assert (sound.codec_context.name, sound.rate, sound.channels) == ('aac', 44100, 2)
         assert abs(sound.duration*sound.time_base - count/fps) <= 1/fps
 
+@pytest.mark.parametrize('channels,rate,kept', [(1, 11025, (1, 11025)), (2, 8000, (2, 8000)), (6, 48000, (6, 48000)), (8, 44100, (2, 44100)), (2, 12345, (2, 48000)), (1, 192000, (1, 48000))])
+def test_rate_and_channels_are_kept(tmp_path, channels, rate, kept):
+    path = write_wav(tmp_path/'a.wav', np.stack([tone(.5, rate)]*channels), rate)
+    with VideoWriter(tmp_path/'o.mp4', 25, 96, 64, audio=path) as writer:
+        for index in range(12): writer.write(numbered(index))
+    info = media_info(tmp_path/'o.mp4')
+    assert (info['channels'], info['sample_rate']) == kept and abs(info['audio_seconds'] - .48) < .001
+
 @pytest.mark.parametrize('suffix', ['mp4', 'mov', 'mkv'])
 @pytest.mark.parametrize('rate', [16000, 44100, 48000, 10000])
 def test_click_meets_flash(tmp_path, suffix, rate):
@@ -490,9 +498,9 @@ def test_broken_promises(tmp_path):
         with VideoWriter(tmp_path/'o.mp4', 25, 96, 64) as writer: writer.write(np.zeros((64, 97, 3), np.uint8))
     assert not os.listdir(tmp_path)
 
-@pytest.mark.parametrize('name,fps', [('o.webm', 25), ('o', 25), ('o.avi', 25), ('o.mp4', 0), ('o.mp4', -5)])
+@pytest.mark.parametrize('name,fps', [('o.webm', 25), ('o', 25), ('o.avi', 25), ('o.mp4', 0), ('o.mp4', -5), ('o.mp4', 'fast')])
 def test_refused_outputs(tmp_path, name, fps):
-    with pytest.raises(MediaError, match='cannot be written'): VideoWriter(tmp_path/name, fps, 96, 64)
+    with pytest.raises(MediaError, match='cannot be written|frame rate'): VideoWriter(tmp_path/name, fps, 96, 64)
 
 def test_info_is_json(tmp_path):
     make_video(tmp_path/'v.mkv', 10, Fraction(30000, 1001), rotation=90, sound=(tone(.3, 8000), 0))
