@@ -129,8 +129,8 @@ def _write(writer, frames, count, settings, timer, shown):
         if missed == count: raise FaceError(f'No face of {writer.path.name} could be used; all {count} frames would be as they were.')
     return missed
 
-# %% ../nbs/60_dub.ipynb #314c7528
-@dataclass
+# %% ../nbs/60_dub.ipynb #7f12b03f
+@dataclass(repr=False)
 class Preview:
     "One moment of a dub; a notebook shows its panels"
     panels:np.ndarray # RGB uint8: source with box, mask, painted crop, result
@@ -139,9 +139,11 @@ class Preview:
     landmarks:np.ndarray # [68,2] pixels
     shift_range:tuple # Suggested least and greatest `bbox_shift`, pixels
 
+    def __repr__(self): return f'Preview(box={self.box}, shift_range={self.shift_range})'
+
     def _repr_jpeg_(self): return cv2.imencode('.jpg', self.panels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
 
-def _around(image, box, share=1.7):
+def _around(image, box, share=1.5):
     "The square around a box, moved into the image"
     x1, y1, x2, y2 = box
     side = int(min(share*max(x2 - x1, y2 - y1), *image.shape[:2]))

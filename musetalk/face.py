@@ -8,7 +8,7 @@ __all__ = ['logger', 'FACE_CENTRE', 'FACE_HALF_SIDE', 'MIN_FIT', 'MIN_LIKENESS',
            'face_backend', 'Candidate', 'FaceTracker', 'appearance', 'smooth_landmarks', 'steady', 'track_faces',
            'draw_landmarks']
 
-# %% ../nbs/11_face.ipynb #0c6dee23
+# %% ../nbs/11_face.ipynb #efa5f145
 import logging
 from collections import deque
 from dataclasses import dataclass, replace
@@ -22,19 +22,19 @@ import cv2
 import numpy as np
 from fastcore.basics import patch
 
-from .core import FaceError, find_models
+from .core import FaceError, choose_device, find_models
 from .crop import rigid_transform
 
-# %% ../nbs/11_face.ipynb #f050dd40
+# %% ../nbs/11_face.ipynb #d3448989
 logger = logging.getLogger(__name__)
 
 @dataclass
 class FaceRecord:
     "What is known about the face in one frame"
     landmarks:np.ndarray|None = None # float32 [68,2] pixels, iBUG order
-    bbox:tuple|None = None # floats (x1, y1, x2, y2), half-open; about brows to chin
-    score:float = 0. # how surely it is a face: 0 none, 1 sure
-    segment:int = 0 # grows at every cut, loss or change of person
+    bbox:tuple|None = None # floats (x1, y1, x2, y2), about brows to chin
+    score:float = 0. # how well the landmarks fit, 0 none to 1 sure
+    segment:int = 0 # another number after each cut, loss or new person
 
     @property
     def found(self)->bool: # whether there is a face
@@ -121,7 +121,7 @@ class FaceBackend:
         "A vector; two of one person are closer than `same_person`"
         raise NotImplementedError
 
-# %% ../nbs/11_face.ipynb #6692c9d0
+# %% ../nbs/11_face.ipynb #61c48f8a
 @cache
 def model_file(name:str # file name of a model of `face-recognition-models`
               )->str: # its path
@@ -132,6 +132,7 @@ def model_file(name:str # file name of a model of `face-recognition-models`
         raise FaceError(f"the face model {name} is missing: pip install face-recognition-models")
     return str(found[0])
 
+# %% ../nbs/11_face.ipynb #89f673e8
 class DlibBackend(FaceBackend):
     "dlib's HOG detector and its 68-point shape predictor; nothing to download"
     rolls = (-30., 30.)
@@ -155,7 +156,7 @@ class DlibBackend(FaceBackend):
         import dlib
         return dlib.face_recognition_model_v1(model_file('dlib_face_recognition_resnet_model_v1.dat'))
 
-# %% ../nbs/11_face.ipynb #8546c901
+# %% ../nbs/11_face.ipynb #48cca44c
 def _turned(image, roll, scale):
     "The whole picture, turned upright by `roll` degrees and scaled, and the matrix that did it"
     height, width = image.shape[:2]
@@ -177,6 +178,21 @@ def _hog_boxes(hog, image, matrix, threshold):
         result.append((_bbox((x, y, rect.width()/scale)), float(score)))
     return result
 
+# %% ../nbs/11_face.ipynb #9da26ef4
+def _overlap(a, b):
+    "Intersection over union of two boxes"
+    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    both = max(0, w)*max(0, h)
+    return both/((a[2] - a[0])*(a[3] - a[1]) + (b[2] - b[0])*(b[3] - b[1]) - both)
+
+def _distinct(faces):
+    "Best first, without doubles"
+    kept = []
+    for face in sorted(faces, key=lambda face: -face[1]):
+        if all(_overlap(face[0], other[0]) < .3 for other in kept): kept.append(face)
+    return kept
+
+# %% ../nbs/11_face.ipynb #e21b7f3c
 @patch
 def detect(self:DlibBackend,
            image:np.ndarray, # [H,W,3] or grey [H,W], uint8
@@ -194,19 +210,6 @@ def detect(self:DlibBackend,
         found += _hog_boxes(self._hog, small, matrix, threshold)
         if found and not all_sizes: break
     return _distinct(found)
-
-def _overlap(a, b):
-    "Intersection over union of two boxes"
-    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    both = max(0, w)*max(0, h)
-    return both/((a[2] - a[0])*(a[3] - a[1]) + (b[2] - b[0])*(b[3] - b[1]) - both)
-
-def _distinct(faces):
-    "Best first, without doubles"
-    kept = []
-    for face in sorted(faces, key=lambda face: -face[1]):
-        if all(_overlap(face[0], other[0]) < .3 for other in kept): kept.append(face)
-    return kept
 
 # %% ../nbs/11_face.ipynb #0673b9e3
 @patch
@@ -231,13 +234,13 @@ def locate(self:DlibBackend,
 
 DlibBackend.starts = (-.02, -.015, .49), (.02, .015, .51)
 
-# %% ../nbs/11_face.ipynb #80295851
+# %% ../nbs/11_face.ipynb #eae3f57d
 @patch
 def detect_last_resort(self:DlibBackend, image):
     "Faces that dlib's small convolutional network finds: slow, asked only when HOG sees nothing"
     import dlib
     network = dlib.cnn_face_detection_model_v1(model_file('mmod_human_face_detector.dat'))
-    small, matrix = _turned(image, 0., min(2., 480/max(image.shape[:2])))
+    small, matrix = _turned(image, 0., min(2., 320/max(image.shape[:2])))
     found = [(hit.rect, hit.confidence) for hit in network(small, 0)]
     return [(_bbox(_square(_rect_box(rect, matrix))), float(score)) for rect, score in found if score > .6]
 
@@ -258,7 +261,7 @@ def identity(self:DlibBackend, chip):
     "128 numbers by dlib's face recognition network"
     return np.array(self._recogniser.compute_face_descriptor(chip))
 
-# %% ../nbs/11_face.ipynb #cfb9e73b
+# %% ../nbs/11_face.ipynb #03b7a39a
 class FaceAlignmentBackend(FaceBackend):
     "S3FD and the 2DFAN-4 landmarks of the `face-alignment` package, with weights from a folder: it never downloads"
     near_side = 128
@@ -280,17 +283,16 @@ class FaceAlignmentBackend(FaceBackend):
         points, scores, _ = self._network.get_landmarks_from_image(np.ascontiguousarray(image), [np.array([*bbox, 1.])], return_landmark_score=True)
         return np.asarray(points[0], np.float32)[:, :2], float(np.clip(np.mean(scores[0]), 0, 1))
 
+# %% ../nbs/11_face.ipynb #01a578ba
 def _weight_file(folder, pattern):
     found = sorted(path for path in [*folder.glob(pattern), *folder.glob(f'checkpoints/{pattern}')] if path.is_file())
     if not found: raise FaceError(f'no weights {pattern} in {folder}: put the files of face-alignment there, or use the dlib backend')
     return found[-1]
 
-# %% ../nbs/11_face.ipynb #866d29a1
 def _load_face_alignment(detector_file, landmark_file, device=None):
     "A `FaceAlignment` object that reads these two files; its own downloads are replaced by an error"
     try: from face_alignment import FaceAlignment, LandmarksType, api
     except ImportError as error: raise FaceError('the package face-alignment is missing: pip install face-alignment') from error
-    from musetalk.core import choose_device
     def local(url, *args, **kwargs):
         if '2DFAN4' in str(url): return str(landmark_file)
         raise FaceError(f'face-alignment asked for {Path(str(url)).name}, which is not in {landmark_file.parent}')
@@ -314,7 +316,7 @@ def face_backend(name:str=None # 'dlib', 'face-alignment' or None
     if not folders: raise FaceError('no folder face-alignment with weights under models: put s3fd*.pth and 2DFAN4* there')
     return FaceAlignmentBackend(folders[0])
 
-# %% ../nbs/11_face.ipynb #f1055686
+# %% ../nbs/11_face.ipynb #043a4789
 @dataclass
 class Candidate:
     "A face that the tracker may choose"
@@ -338,7 +340,7 @@ class FaceTracker:
 
     def reset(self):
         "Forget everything about the last stream"
-        self.square = self.reference = self.thumbnail = self.person = self.last = self.still = None
+        self.square = self.velocity = self.look = self.reference = self.thumbnail = self.person = self.last = self.still = None
         self.since = self.misses = self.wait = self.segment = self.patience = 0
         self.crowd = self.close = self.cut = False
         self.rivals, self.skipped = [], []
@@ -369,7 +371,7 @@ def appearance(image, square):
     patch_ -= patch_.mean()
     return patch_/(np.linalg.norm(patch_) + 1e-6)
 
-# %% ../nbs/11_face.ipynb #1e6ba59c
+# %% ../nbs/11_face.ipynb #f7903173
 MEAN_HABIT = np.array([0., 0., 1.])
 
 def _habit(square, box_square):
@@ -404,6 +406,7 @@ def _place_detected(self:FaceTracker, image, box, roll=0.):
 def _for_backend(square):
     return _bbox(square), square[3]
 
+# %% ../nbs/11_face.ipynb #0e887359
 @patch
 def _accept(self:FaceTracker, face, look, verified=False, new=False):
     "Take this face as the one we follow"
@@ -415,7 +418,7 @@ def _accept(self:FaceTracker, face, look, verified=False, new=False):
     self.misses = self.wait = 0
     return face
 
-# %% ../nbs/11_face.ipynb #113fd99e
+# %% ../nbs/11_face.ipynb #4d8c9b00
 @patch
 def _follow(self:FaceTracker, image):
     "The same face in the next frame, or None"
@@ -432,6 +435,7 @@ def _follow(self:FaceTracker, image):
     if alone and (sure or smooth): return self._accept(face, look, verified=seen)
     return self._doubt(image, face if sure else None, near)
 
+# %% ../nbs/11_face.ipynb #72371e8a
 @patch
 def _doubt(self:FaceTracker, image, face, near):
     "Several faces, or one that looks new: which one is our person?"
@@ -490,7 +494,7 @@ def _resembling(self:FaceTracker, image, faces, moved):
     best = min(faces, key=cost)
     return best if cost(best) < 1 else None
 
-# %% ../nbs/11_face.ipynb #369b1df8
+# %% ../nbs/11_face.ipynb #607b0aa4
 @patch
 def _chosen(self:FaceTracker, faces):
     "The face that `select` means, or None"
@@ -509,19 +513,20 @@ def _detect(self:FaceTracker, image):
     if faces or quick: return faces
     for roll in self.backend.rolls: found += [(box, score, roll) for box, score in self.backend.detect(image, roll, quick=True) if score > .4]
     faces = self._placed(image, sorted(found, key=lambda face: -face[1])[:1])
-    if not faces and self.patience <= 0:
+    if not faces and self.patience <= 0 and (self.person is None or self.cut):
         self.patience = 250
         faces = self._placed(image, [(box, score, 0.) for box, score in self.backend.detect_last_resort(image)])
     return faces
 
-# %% ../nbs/11_face.ipynb #5e67691d
+# %% ../nbs/11_face.ipynb #865c46c8
 @patch
 def _acquire(self:FaceTracker, image):
     "Look for the person in the whole picture"
     faces = self._detect(image)
     alone = len(faces) == 1 and not self.crowd and self.select == 'largest'
     face = self._recognise(image, faces, moved=self.cut) if faces and self.person and not alone else None
-    if faces and face is None and (self.person is None or (self.select == 'largest' and (self.cut or not self.crowd))):
+    anew = self.person is None or (self.cut and self.person.chip is None) or (self.select == 'largest' and (self.cut or not self.crowd))
+    if faces and face is None and anew:
         face = self._chosen(faces)
         if face is not None: self.person = _Person(self.backend, self.backend.chip(image, face.landmarks))
         if face is not None and self.person.chip is not None:
@@ -533,7 +538,7 @@ def _acquire(self:FaceTracker, image):
     self.cut, self.crowd = False, len(faces) > 1
     return self._accept(face, appearance(image, face.square), verified=True, new=True)
 
-# %% ../nbs/11_face.ipynb #d3c51e08
+# %% ../nbs/11_face.ipynb #96d8772c
 @patch
 def step(self:FaceTracker,
          image:np.ndarray # RGB uint8 [H,W,3], the next frame
@@ -553,6 +558,7 @@ def step(self:FaceTracker,
     if face is not None: self._note(record, face)
     return record
 
+# %% ../nbs/11_face.ipynb #7d2fb5dc
 @patch
 def _note(self:FaceTracker, record, face):
     record.landmarks, record.bbox = face.landmarks, _bbox(face.square)
@@ -569,9 +575,9 @@ def _fill_in(self:FaceTracker):
         self._note(record, face)
         self.last = last
 
-# %% ../nbs/11_face.ipynb #74725a4e
+# %% ../nbs/11_face.ipynb #d5ec562e
 RADIUS = 4 # frames on either side that smoothing looks at: the tracker's delay
-GROUPS = np.arange(17), np.arange(17, 48), np.arange(48, 68) # jaw; brows, nose, eyes; mouth
+GROUPS = (np.arange(17), .008), (np.arange(17, 48), .008), (np.arange(48, 68), .005) # jaw, brows to eyes, mouth: points and tolerance
 
 def smooth_landmarks(landmarks:np.ndarray, # [T,68,2] consecutive frames of one face
                      index:int, # the frame to smooth
@@ -580,16 +586,16 @@ def smooth_landmarks(landmarks:np.ndarray, # [T,68,2] consecutive frames of one 
     "Average over the frames before and after that show almost the same"
     landmarks = np.asarray(landmarks, np.float64)
     if strength == 0 or len(landmarks) == 1: return landmarks[index].astype(np.float32)
-    tolerance = .008*strength*face_square(landmarks[index])[2]
+    side = strength*face_square(landmarks[index])[2]
     near, result = np.exp(-(np.arange(len(landmarks)) - index)**2/(2*2.**2)), landmarks[index].copy()
-    for group in GROUPS:
+    for group, tolerance in GROUPS:
         points = landmarks[:, group]
         squared = ((points - points[index])**2).sum(-1).mean(-1)
-        weights = near*np.exp(-squared/(2*tolerance**2))
+        weights = near*np.exp(-squared/(2*(tolerance*side)**2))
         result[group] = np.tensordot(weights/weights.sum(), points, 1)
     return result.astype(np.float32)
 
-# %% ../nbs/11_face.ipynb #5e2246ce
+# %% ../nbs/11_face.ipynb #ff184392
 def steady(previous:np.ndarray|None, # what was given out last; None starts anew
            value:np.ndarray, # the new value
            play:float # how far the value may wander unnoticed
@@ -597,6 +603,7 @@ def steady(previous:np.ndarray|None, # what was given out last; None starts anew
     "Follow a value as a towed boat does: not at all while the rope is slack"
     return np.array(value) if previous is None else np.clip(previous, np.asarray(value) - play, np.asarray(value) + play)
 
+# %% ../nbs/11_face.ipynb #d3ac621f
 @patch
 def _finished(self:FaceTracker, history, index):
     "The record to give out: smoothed among its own segment, with a steady box"

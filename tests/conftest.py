@@ -43,7 +43,7 @@ def toy_folder(tmp_path_factory):
                 down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'), up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'), attention_head_dim=4)
     vae = CompactAutoencoder(encoder_channels=(16, 24), encoder_blocks=(0, 0), decoder_channels=(24, 16, 12), decoder_blocks=(0, 0, 0))
     painter = LatentPainter(unet, layout='lower')
-    torch.nn.init.normal_(painter.unet.conv_out.weight, std=.5)  # so that the speech reaches the picture
+    torch.nn.init.normal_(painter.network.conv_out.weight, std=.5)  # so that the speech reaches the picture
     toy = Bundle(FaceVAE(vae.eval()), painter.eval(), WhisperEncoder(network), MouthAdapter(feature_dim=32, token_dim=24, tokens=4).eval(),
                  dict(name='toy', audio=dict(left=5, right=2)))
     return save_bundle(toy, folder/'toy', folder/'encoder', dtype=torch.float32)
