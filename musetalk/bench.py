@@ -23,14 +23,14 @@ import numpy as np
 from .core import ConfigError, MuseTalkError, find_models
 from .media import VideoWriter, audio_blocks, write_audio
 
-# %% ../nbs/66_bench.ipynb #2ffdd200
+# %% ../nbs/66_bench.ipynb #f02053be
 def demo_portrait(
     size:int=720, # Side of the result, pixels
 ) -> np.ndarray: # RGB uint8 [size,size,3]
     "Head and shoulders of an astronaut: a public-domain NASA picture that scikit-image carries. Raises `ConfigError` without it"
     try: from skimage.data import astronaut
     except ImportError as error: raise ConfigError('The portrait comes with scikit-image, which is missing: pip install scikit-image') from error
-    return cv2.resize(astronaut()[0:360, 40:400], (size, size), interpolation=cv2.INTER_LANCZOS4)
+    return cv2.resize(astronaut()[0:270, 92:362], (size, size), interpolation=cv2.INTER_LANCZOS4)
 
 def demo_speech() -> Path: # A sound file
     "The speech that comes with the package. Raises `ConfigError` if it is not there"

@@ -7,7 +7,7 @@ __all__ = ['COMMANDS', 'OVERVIEW', 'VIDEO', 'AUDIO', 'TEXT', 'BUNDLE', 'DEVICE',
            'Command', 'option', 'command', 'build_parser', 'main', 'given_settings', 'speak', 'run_dub', 'run_preview',
            'run_info', 'run_demo', 'run_bench', 'command_line']
 
-# %% ../nbs/72_cli.ipynb #c88857a0
+# %% ../nbs/72_cli.ipynb #c1a53ef7
 import argparse
 import json
 import logging
@@ -16,7 +16,6 @@ import shlex
 import signal
 import sys
 import tempfile
-import textwrap
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -179,7 +178,7 @@ def _sound(args, needed=True):
             speak(args.text, file := Path(folder)/'text.wav')
             yield file
 
-# %% ../nbs/72_cli.ipynb #3583c7fa
+# %% ../nbs/72_cli.ipynb #19bdbc0b
 @command('dub', 'make the face in a video or picture speak', VIDEO, AUDIO, TEXT,
          option('--out', metavar='FILE', help='result, .mp4, .mov or .mkv (default: results/<video>_<audio>.mp4)'),
          option('--preview', action='store_true', help='render one frame only, as `musetalk preview` does'),
@@ -199,10 +198,12 @@ def run_dub(args):
     if args.preview: return run_preview(args)
     from musetalk.dub import dub
     with _sound(args) as audio:
-        report = dub(args.video, audio, args.out, args.bundle, args.device, not args.no_progress, **given_settings(args))
+        report = dub(args.video, audio, args.out, args.bundle, args.device, _bar(args), **given_settings(args))
     print(_as_json(asdict(report)) if args.json else _told(report))
 
-# %% ../nbs/72_cli.ipynb #25bb9f39
+# %% ../nbs/72_cli.ipynb #c2ccbdd7
+def _bar(args): return sys.stderr.isatty() and not getattr(args, 'no_progress', False)
+
 def _as_json(values): return json.dumps(values, indent=2, ensure_ascii=False, default=str)
 
 def _told(report):
@@ -215,7 +216,7 @@ def _run_list(args):
     "musetalk dub --tasks"
     if args.video or args.audio or args.text or args.out or args.preview: raise ConfigError('--tasks names the inputs and outputs in its file; leave --video, --audio, --text, --out and --preview out.')
     from musetalk.tasks import run_tasks
-    results = run_tasks(args.tasks, args.result_dir, args.bundle, args.device, not args.no_progress, **given_settings(args))
+    results = run_tasks(args.tasks, args.result_dir, args.bundle, args.device, _bar(args), **given_settings(args))
     failed = [result for result in results if not result.ok]
     if args.json: print(_as_json([asdict(result) for result in results]))
     else:
@@ -251,7 +252,7 @@ def run_info(args):
     else:
         for name, value in info.items(): print(f"{name.replace('_', ' '):14}{round(value, 3) if isinstance(value, float) else value}")
 
-# %% ../nbs/72_cli.ipynb #23e941f4
+# %% ../nbs/72_cli.ipynb #ea905e54
 @command('demo', 'make a portrait speak, with what the package brings', option('--out', default='results/demo.mp4', metavar='FILE', help='result (default: results/demo.mp4)'),
          TEXT, ('model', (BUNDLE, DEVICE)), JSON, examples=('demo', 'demo --text "Anything you like."'))
 def run_demo(args):
@@ -263,7 +264,7 @@ def run_demo(args):
     args.audio = None if args.text else demo_speech()
     with _sound(args) as audio, tempfile.TemporaryDirectory() as folder:
         save_image(Path(folder)/'portrait.png', demo_portrait())
-        report = dub(Path(folder)/'portrait.png', audio, args.out, args.bundle, args.device)
+        report = dub(Path(folder)/'portrait.png', audio, args.out, args.bundle, args.device, _bar(args))
     frames = VideoSource(args.out)
     chosen = range(0, frames.frame_count, max(1, frames.frame_count//16))
     sheet = Path(args.out).with_suffix('.jpg')

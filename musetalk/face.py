@@ -192,14 +192,14 @@ def _distinct(faces):
         if all(_overlap(face[0], other[0]) < .3 for other in kept): kept.append(face)
     return kept
 
-# %% ../nbs/11_face.ipynb #e21b7f3c
+# %% ../nbs/11_face.ipynb #71ef7fb8
 @patch
 def detect(self:DlibBackend,
            image:np.ndarray, # [H,W,3] or grey [H,W], uint8
            roll:float=0., # look for heads tilted by this many degrees, clockwise
            all_sizes:bool=False, # small faces too, even if a large one is found
            quick:bool=False, # do not enlarge the picture, nor look for the smallest
-           threshold:float=.1, # least HOG score
+           threshold:float=.15, # least HOG score
            sizes:tuple=None # longer sides to try, pixels; None: `self.sizes`
           )->list: # [(bbox, score)], best first
     "Faces of at least a sixth of the picture's longer side; smaller ones when there are none, or if asked for"

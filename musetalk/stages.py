@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LOOPS', 'RANGES', 'DubSettings', 'parse_face', 'parse_fps', 'dub_settings', 'prefetch', 'tracked_frames', 'no_face',
-           'PreparedFace', 'prepare_face', 'FaceCache', 'SpeechWindows', 'paint_faces', 'SpeakingFrame', 'batches',
-           'speaking_frames']
+           'source_rest', 'PreparedFace', 'prepare_face', 'FaceCache', 'SpeechWindows', 'paint_faces', 'SpeakingFrame',
+           'batches', 'speaking_frames']
 
-# %% ../nbs/59_stages.ipynb #d12317a7
+# %% ../nbs/59_stages.ipynb #99576562
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -29,6 +29,7 @@ from .crop import crop_face
 from .face import FaceRecord, FaceTracker
 from .mask import jaw_mask
 from .media import VideoSource, looped
+from .mouth import SourceMouth, mouth_at_rest, source_mouth
 
 # %% ../nbs/59_stages.ipynb #f99e9e09
 @dataclass
@@ -158,7 +159,18 @@ def no_face(source, count, face):
     frames = 'the picture' if count == 1 else f'any of the {count} frames looked at'
     return f'{wanted} in {source.path} ({frames}); use footage that shows a face from the front, at least 60 pixels wide.'
 
-# %% ../nbs/59_stages.ipynb #babc7f7a
+# %% ../nbs/59_stages.ipynb #d472e956
+def source_rest(
+    source:VideoSource, # The footage
+    face='largest', # Which face, as `FaceTracker` takes it
+    most:int=50, # Frames looked at
+) -> np.ndarray|None: # [23,2], or None where these frames show no face
+    "The mouth at rest of the person in the footage"
+    records = FaceTracker(select=face).track(frame.image for frame in source.frames(0, min(most, source.frame_count)))
+    landmarks = [record.landmarks for record in records if record.found]
+    return mouth_at_rest(np.stack(landmarks)) if landmarks else None
+
+# %% ../nbs/59_stages.ipynb #551be412
 @dataclass
 class PreparedFace:
     "A face ready to be repainted"
@@ -167,6 +179,7 @@ class PreparedFace:
     mask:np.ndarray # float16 [y2-y1, x2-x1] in [0,1]
     masked:torch.Tensor|None=None # [C,32,32] latents without the lower half
     reference:torch.Tensor|None=None # [C,32,32] latents of the whole crop
+    mouth:SourceMouth|None=None # Where its lips lie and how they rest
 
     @property
     def bytes(self) -> int: # Memory it takes
@@ -178,6 +191,7 @@ def prepare_face(
     record:FaceRecord, # Its face, or none
     bundle:Bundle, # Gives crop rule and crop size
     settings:DubSettings, # Shift, margin and the mask's shape
+    rest:np.ndarray|None=None, # [23,2] this person's mouth at rest
 ) -> PreparedFace|None: # Without latents; None where there is no usable face
     "Box, crop and mask of one frame"
     if not record.found: return None
@@ -189,16 +203,20 @@ def prepare_face(
     x1, y1, x2, y2 = box
     if min(x2, width) - max(x1, 0) < 16 or min(y2, height) - max(y1, 0) < 16: return None
     mask = jaw_mask(record.landmarks, box, settings.left_cheek_width, settings.right_cheek_width, settings.upper_boundary_ratio, settings.feather)
-    return PreparedFace(box, crop_face(image, box, bundle.image_size), mask.astype(np.float16))
+    mouth = source_mouth(record.landmarks, box, rest, bundle.image_size)
+    return PreparedFace(box, crop_face(image, box, bundle.image_size), mask.astype(np.float16), mouth=mouth)
 
-# %% ../nbs/59_stages.ipynb #da2d0805
+# %% ../nbs/59_stages.ipynb #c8f736ba
 class FaceCache:
     "Prepared faces by source frame; the least recently used are forgotten"
     def __init__(self,
         bundle:Bundle, # Its VAE encodes
         settings:DubSettings, # Shape of box and mask
+        rest:np.ndarray|None=None, # [23,2] this person's mouth at rest
         limit:int=128_000_000, # Bytes to keep
-    ): self.bundle, self.settings, self.limit, self.size, self.known, self.encoded = bundle, settings, limit, 0, OrderedDict(), 0
+    ):
+        self.bundle, self.settings, self.rest, self.limit = bundle, settings, rest, limit
+        self.size, self.known, self.encoded = 0, OrderedDict(), 0
 
     def __call__(self,
         pairs:list, # `(Frame, FaceRecord)` of a batch
@@ -206,7 +224,7 @@ class FaceCache:
         "Prepare the faces of a batch"
         batch = {frame.index: self.known.get(frame.index) for frame, _ in pairs}
         for frame, record in pairs:
-            if batch[frame.index] is None: batch[frame.index] = prepare_face(frame.image, record, self.bundle, self.settings)
+            if batch[frame.index] is None: batch[frame.index] = prepare_face(frame.image, record, self.bundle, self.settings, self.rest)
         self._encode([face for face in batch.values() if face is not None and face.masked is None])
         self._remember(batch)
         return [batch[frame.index] for frame, _ in pairs]
@@ -264,7 +282,7 @@ def take(self:SpeechWindows,
     windows[inside] = self.features[index[inside]]
     return windows
 
-# %% ../nbs/59_stages.ipynb #5c27c004
+# %% ../nbs/59_stages.ipynb #ba531f6f
 def paint_faces(
     bundle:Bundle, # The model
     faces:list, # `PreparedFace` or None
@@ -276,7 +294,8 @@ def paint_faces(
     if not present: return crops
     chosen = [faces[index] for index in present]
     latents = (torch.stack([getattr(face, name) for face in chosen]) for name in ('masked', 'reference'))
-    painted = bundle.generate(*latents, bundle.audio_tokens(windows[present]), np.stack([face.crop for face in chosen]))
+    speech, lips = bundle.hear(windows[present], [face.mouth for face in chosen])
+    painted = bundle.generate(*latents, speech, np.stack([face.crop for face in chosen]), lips)
     for index, crop in zip(present, painted): crops[index] = crop
     return crops
 
@@ -302,7 +321,7 @@ def batches(items, size):
     iterator = iter(items)
     while batch := list(islice(iterator, size)): yield batch
 
-# %% ../nbs/59_stages.ipynb #a80bd3f8
+# %% ../nbs/59_stages.ipynb #bc930d91
 def speaking_frames(
     source:VideoSource, # The footage
     speech:SpeechWindows, # The sound
@@ -312,7 +331,8 @@ def speaking_frames(
     timer:StageTimer|None=None, # Gets the stages decode, face, audio, encode, generate
 ) -> Iterator: # Of `SpeakingFrame`
     "Make the footage speak, frame by frame. Raises `FaceError` if it has no face at all"
-    timer, faces = timer or StageTimer(), FaceCache(bundle, settings)
+    timer = timer or StageTimer()
+    with timer('face'): faces = FaceCache(bundle, settings, source_rest(source, settings.face))
     ahead = max(2, min(2*settings.batch_size, 100_000_000//(3*source.width*source.height)))
     def painted():
         first = 0

@@ -17,13 +17,14 @@ from torch import nn
 
 from .core import BundleError
 
-# %% ../nbs/31_unet.ipynb #551ba7a2
+# %% ../nbs/31_unet.ipynb #5dff544f
 class LatentPainter(ModelMixin, ConfigMixin):
     "Masked latents, reference latents and audio tokens to the latents of the speaking face"
     @register_to_config
     def __init__(self,
                  unet:dict, # arguments of `UNet2DConditionModel`
-                 layout:str='full' # 'full': all rows, as MuseTalk; 'lower': only the lower half, folded
+                 layout:str='full', # 'full': all rows, as MuseTalk; 'lower': only the lower half, folded
+                 geometry:bool=False # 'lower' only: drawn lips are given too (`21_mouth`)
                 ):
         super().__init__()
         if layout not in ('full', 'lower'): raise ValueError(f"unknown layout '{layout}': use 'full' or 'lower'")
@@ -34,17 +35,18 @@ class LatentPainter(ModelMixin, ConfigMixin):
     def forward(self,
                 masked:torch.Tensor, # [B,C,32,32] scaled latents of the frame, lower half black
                 reference:torch.Tensor, # [B,C,32,32] scaled latents of a whole face
-                tokens:torch.Tensor # [B,S,D]
+                tokens:torch.Tensor, # [B,S,D]
+                geometry:torch.Tensor=None # [B,64,16,32] drawn lips, if the bundle has them
                )->torch.Tensor: # [B,C,32,32]
         "One pass"
-        if self.config.layout == 'lower': return self._lower(masked, reference, tokens)
+        if self.config.layout == 'lower': return self._lower(masked, reference, tokens, geometry)
         return self._pass(torch.cat([masked, reference], 1), tokens)
 
     def _pass(self, latents, tokens):
         timestep = torch.zeros(1, dtype=torch.long, device=latents.device)
         return self.network(latents, timestep, encoder_hidden_states=tokens, return_dict=False)[0]
 
-# %% ../nbs/31_unet.ipynb #e81c31e6
+# %% ../nbs/31_unet.ipynb #adb8d468
 def fold(masked:torch.Tensor, # [B,C,H,W]
          reference:torch.Tensor # [B,C,H,W]
         )->torch.Tensor: # [B,3C,H/2,W]
@@ -52,9 +54,10 @@ def fold(masked:torch.Tensor, # [B,C,H,W]
     half = masked.shape[2]//2
     return torch.cat([reference[:, :, half:], masked[:, :, :half].flip(2), reference[:, :, :half].flip(2)], 1)
 
-def _lower(self, masked, reference, tokens):
-    half = masked.shape[2]//2
-    painted = reference[:, :, half:] + self._pass(fold(masked, reference), tokens)
+def _lower(self, masked, reference, tokens, geometry=None):
+    half, folded = masked.shape[2]//2, fold(masked, reference)
+    if geometry is not None: folded = torch.cat([folded, geometry.to(folded)], 1)
+    painted = reference[:, :, half:] + self._pass(folded, tokens)
     return torch.cat([masked[:, :, :half], painted], 2)
 LatentPainter._lower = _lower
 
