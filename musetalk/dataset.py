@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['CROP_MARGIN', 'CROP_SIZE', 'save_clip', 'Clip', 'FaceClips', 'clip_weights', 'random_view', 'apply_view']
 
-# %% ../nbs/51_dataset.ipynb #e772c10d
+# %% ../nbs/51_dataset.ipynb #eaf6db5c
 import json
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from .crop import MIRROR, landmarks_in_crop, rigid_transform
+from .crop import MIRROR
 
 # %% ../nbs/51_dataset.ipynb #a2c7f7cb
 CROP_MARGIN = 1.125 # a preprocessed crop is this much larger than what the network sees

@@ -7,7 +7,7 @@ __all__ = ['MOUTH_POINTS', 'UPPER_LIP', 'MOUTH_MIRROR', 'GEOMETRY_CHANNELS', 'fa
            'rest_shape', 'mouth_basis', 'Listener', 'MouthAdapter', 'draw_lips', 'mouth_geometry', 'moved_lips',
            'closed', 'mouth_at_rest', 'SourceMouth', 'source_mouth', 'speaking_geometry']
 
-# %% ../nbs/21_mouth.ipynb #e92c2f26
+# %% ../nbs/21_mouth.ipynb #4fc473a3
 from dataclasses import dataclass
 
 import cv2
@@ -18,7 +18,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from .crop import MEAN_FACE, MIRROR, face_scale, landmarks_in_crop, rigid_transform
+from .crop import MIRROR, face_scale, landmarks_in_crop, rigid_transform
 
 # %% ../nbs/21_mouth.ipynb #50914890
 MOUTH_POINTS = np.array([*range(48, 68), 7, 8, 9]) # lips and chin

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'VIDEO_SUFFIXES', 'filled_landmarks', 'crop_clip', 'preprocess_clip', 'preprocess']
 
-# %% ../nbs/50_preprocess.ipynb #5b2e7049
-import json
+# %% ../nbs/50_preprocess.ipynb #8c81f082
 import logging
 from pathlib import Path
 
