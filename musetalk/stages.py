@@ -129,7 +129,7 @@ def prefetch(
         stopped.set()
         thread.join()
 
-# %% ../nbs/59_stages.ipynb #50610169
+# %% ../nbs/59_stages.ipynb #f6c2c065
 def tracked_frames(
     source:VideoSource, # The footage
     count:int, # Frames wanted
@@ -139,7 +139,7 @@ def tracked_frames(
 ) -> Iterator: # Of `(Frame, FaceRecord)`
     "Pair each frame with its face record. Raises `FaceError` if no frame of the footage has a face"
     timer = timer or StageTimer()
-    frames = timer.timed('decode', looped(source, count, loop))
+    frames = timer.timed('decode', looped(source, count, loop, chunk=24))
     once, returns, waiting, known, found = min(source.frame_count, count), count > source.frame_count, deque(), [], False
     def first_pass():
         for frame in islice(frames, once):
@@ -206,14 +206,14 @@ def prepare_face(
     mouth = source_mouth(record.landmarks, box, rest, bundle.image_size)
     return PreparedFace(box, crop_face(image, box, bundle.image_size), mask.astype(np.float16), mouth=mouth)
 
-# %% ../nbs/59_stages.ipynb #c8f736ba
+# %% ../nbs/59_stages.ipynb #26841522
 class FaceCache:
     "Prepared faces by source frame; the least recently used are forgotten"
     def __init__(self,
         bundle:Bundle, # Its VAE encodes
         settings:DubSettings, # Shape of box and mask
         rest:np.ndarray|None=None, # [23,2] this person's mouth at rest
-        limit:int=128_000_000, # Bytes to keep
+        limit:int=64_000_000, # Bytes to keep
     ):
         self.bundle, self.settings, self.rest, self.limit = bundle, settings, rest, limit
         self.size, self.known, self.encoded = 0, OrderedDict(), 0
@@ -321,7 +321,7 @@ def batches(items, size):
     iterator = iter(items)
     while batch := list(islice(iterator, size)): yield batch
 
-# %% ../nbs/59_stages.ipynb #bc930d91
+# %% ../nbs/59_stages.ipynb #0a6da49d
 def speaking_frames(
     source:VideoSource, # The footage
     speech:SpeechWindows, # The sound
@@ -333,7 +333,7 @@ def speaking_frames(
     "Make the footage speak, frame by frame. Raises `FaceError` if it has no face at all"
     timer = timer or StageTimer()
     with timer('face'): faces = FaceCache(bundle, settings, source_rest(source, settings.face))
-    ahead = max(2, min(2*settings.batch_size, 100_000_000//(3*source.width*source.height)))
+    ahead = max(2, min(settings.batch_size, 50_000_000//(3*source.width*source.height)))
     def painted():
         first = 0
         with closing(prefetch(tracked_frames(source, count, settings.loop, settings.face, timer), ahead)) as frames:
