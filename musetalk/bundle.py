@@ -151,7 +151,7 @@ def check_bundle(folder # of a bundle
             raise BundleError(f'{path} is not the file that bundle.json describes (its SHA-256 differs): it is damaged or was changed, fetch the bundle again')
     return config
 
-# %% ../nbs/32_bundle.ipynb #b7350948
+# %% ../nbs/32_bundle.ipynb #bca3b9ba
 def load_bundle(name='mini', # a bundle's name, or a folder
                 device:str=None, # 'cuda', 'mps', 'cpu'; None chooses
                 dtype:str=None # 'float32', 'bfloat16', 'float16'; None chooses
@@ -162,7 +162,8 @@ def load_bundle(name='mini', # a bundle's name, or a folder
     device = choose_device(device); dtype = choose_dtype(device, dtype)
     adapter = None
     if (folder/'adapter').exists():
-        adapter = MouthAdapter.from_pretrained(folder/'adapter', local_files_only=True, low_cpu_mem_usage=False).to(device, dtype).eval().requires_grad_(False)
+        adapter = MouthAdapter.from_pretrained(folder/'adapter', local_files_only=True, low_cpu_mem_usage=False)
+        adapter = torch.nn.Module.to(adapter, device, dtype).eval().requires_grad_(False)
     vae, painter = load_vae(folder/'vae', device, dtype), load_painter(folder/'unet', device, dtype)
     for model in (vae.model, painter): model.to(memory_format=torch.channels_last)
     audio_encoder = WhisperEncoder.from_folder(folder/'audio_encoder', device, dtype)

@@ -61,7 +61,7 @@ def _lower(self, masked, reference, tokens, geometry=None):
     return torch.cat([masked[:, :, :half], painted], 2)
 LatentPainter._lower = _lower
 
-# %% ../nbs/31_unet.ipynb #5fcb9fae
+# %% ../nbs/31_unet.ipynb #0187dc26
 def load_painter(folder, # ours: config.json + safetensors; official: musetalk.json + unet.pth
                  device='cpu', dtype=torch.float32
                 )->LatentPainter: # in evaluation mode, frozen
@@ -76,4 +76,4 @@ def load_painter(folder, # ours: config.json + safetensors; official: musetalk.j
         model = LatentPainter(config)
         try: model.network.load_state_dict(torch.load(file, map_location='cpu', weights_only=True))
         except RuntimeError as problem: raise BundleError(f'{file} does not fit {folder/"musetalk.json"}: {str(problem).splitlines()[0]}') from problem
-    return model.to(device, dtype).eval().requires_grad_(False)
+    return nn.Module.to(model, device, dtype).eval().requires_grad_(False)
