@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'SILENCE', 'Report', 'package_versions', 'dub', 'Preview', 'preview_panels', 'speech_at', 'preview']
 
-# %% ../nbs/60_dub.ipynb #1694140d
+# %% ../nbs/60_dub.ipynb #58202eb1
 import logging
 import platform
 import time as clock
@@ -28,7 +28,7 @@ from .core import ConfigError, FaceError, MediaError, StageTimer, contact_sheet,
 from .crop import suggested_shift_range
 from .face import RADIUS, FaceTracker, draw_landmarks
 from .media import VideoSource, VideoWriter, audio_blocks, audio_duration, frame_count_for, loop_order
-from .stages import FaceCache, PreparedFace, SpeakingFrame, SpeechWindows, dub_settings, paint_faces, speaking_frames
+from .stages import FaceCache, PreparedFace, SpeakingFrame, SpeechWindows, dub_settings, paint_faces, source_rest, speaking_frames
 
 # %% ../nbs/60_dub.ipynb #f68baa71
 logger = logging.getLogger('musetalk')
@@ -184,7 +184,7 @@ def speech_at(
             skip = max(0, skip - len(block))
     return SpeechWindows(bundle, rest(), fps, first).take(frame, 1)
 
-# %% ../nbs/60_dub.ipynb #b88497ef
+# %% ../nbs/60_dub.ipynb #323b8437
 def preview(
     video:str|Path, # Video, picture, or folder of pictures
     audio:str|Path|None=None, # Sound; None: silence
@@ -206,7 +206,7 @@ def preview(
     if not record.found: raise FaceError(f'{video} shows no face at {float(time):g} s; choose another time.')
     if not isinstance(bundle, Bundle): bundle = load_bundle(bundle, device)
     frame = frames[index - first]
-    face, = FaceCache(bundle, settings)([(frame, record)])
+    face, = FaceCache(bundle, settings, source_rest(source, settings.face))([(frame, record)])
     if face is None: raise FaceError(f'The crop box leaves the picture at {float(time):g} s of {video}; lower bbox_shift or choose another time.')
     crop, = paint_faces(bundle, [face], speech_at(bundle, audio, source.fps, number))
     result = SpeakingFrame(frame.image, face, crop).result(settings, number)
