@@ -6,13 +6,14 @@
 __all__ = ['logger', 'Bundle', 'audio_tokens', 'windows', 'hear', 'encode_crops', 'generate', 'save_bundle', 'hash_bundle',
            'find_bundle', 'check_bundle', 'load_bundle']
 
-# %% ../nbs/32_bundle.ipynb #8a86866d
+# %% ../nbs/32_bundle.ipynb #b94d85cd
 import logging
 import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from .audio import WhisperEncoder, frame_windows, positional_encoding, tokens
 from .core import BundleError, choose_device, choose_dtype, find_models, read_json, sha256_file, write_json
@@ -74,14 +75,18 @@ def hear(self,
         return self.adapter.tokens(coefficients), speaking_geometry(mouths, displacements).to(self.device, self.dtype)
 Bundle.audio_tokens, Bundle.windows, Bundle.hear = audio_tokens, windows, hear
 
-# %% ../nbs/32_bundle.ipynb #c700e79b
+# %% ../nbs/32_bundle.ipynb #04a606bf
 @torch.inference_mode()
 def encode_crops(self,
                  crops:np.ndarray # uint8 [B,256,256,3]
                 )->tuple: # masked and reference latents [B,C,32,32]
     "Latents of the crops without their lower half, and of the whole crops"
-    images = to_network(crops, self.device, self.dtype)
-    return tuple(self.vae.encode(torch.cat([mask_lower_half(images), images])).chunk(2))
+    images = to_network(crops, self.device, self.dtype).contiguous(memory_format=torch.channels_last)
+    masked = mask_lower_half(images)
+    if self.painter.config.layout == 'full': return tuple(self.vae.encode(torch.cat([masked, images])).chunk(2))
+    rows = 3*images.shape[2]//4
+    masked = F.pad(self.vae.encode(masked[:, :, :rows]), (0, 0, 0, (images.shape[2] - rows)//8))
+    return masked, self.vae.encode(images)
 
 @torch.inference_mode()
 def generate(self,

@@ -7,7 +7,7 @@ __all__ = ['LOOPS', 'RANGES', 'DubSettings', 'parse_face', 'parse_fps', 'dub_set
            'source_rest', 'PreparedFace', 'prepare_face', 'FaceCache', 'SpeechWindows', 'paint_faces', 'SpeakingFrame',
            'batches', 'speaking_frames']
 
-# %% ../nbs/59_stages.ipynb #99576562
+# %% ../nbs/59_stages.ipynb #9aaf959f
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -26,7 +26,7 @@ from .blend import composite
 from .bundle import Bundle
 from .core import ConfigError, FaceError, StageTimer
 from .crop import crop_face
-from .face import FaceRecord, FaceTracker
+from .face import FaceRecord, FaceTracker, face_backend
 from .mask import jaw_mask
 from .media import VideoSource, looped
 from .mouth import SourceMouth, mouth_at_rest, source_mouth
@@ -129,13 +129,14 @@ def prefetch(
         stopped.set()
         thread.join()
 
-# %% ../nbs/59_stages.ipynb #f6c2c065
+# %% ../nbs/59_stages.ipynb #83224e85
 def tracked_frames(
     source:VideoSource, # The footage
     count:int, # Frames wanted
     loop:str='pingpong', # What to do when there are fewer
     face='largest', # Which face, as `FaceTracker` takes it
     timer:StageTimer|None=None, # Gets the stages 'decode' and 'face'
+    backend=None, # Face backend; None chooses
 ) -> Iterator: # Of `(Frame, FaceRecord)`
     "Pair each frame with its face record. Raises `FaceError` if no frame of the footage has a face"
     timer = timer or StageTimer()
@@ -145,7 +146,7 @@ def tracked_frames(
         for frame in islice(frames, once):
             waiting.append(frame)
             yield frame
-    for record in timer.timed('face', FaceTracker(select=face).track(first_pass())):
+    for record in timer.timed('face', FaceTracker(backend, select=face).track(first_pass())):
         found = found or record.found
         if returns: known.append(record)
         yield waiting.popleft(), record
@@ -159,14 +160,15 @@ def no_face(source, count, face):
     frames = 'the picture' if count == 1 else f'any of the {count} frames looked at'
     return f'{wanted} in {source.path} ({frames}); use footage that shows a face from the front, at least 60 pixels wide.'
 
-# %% ../nbs/59_stages.ipynb #d472e956
+# %% ../nbs/59_stages.ipynb #e1d2078b
 def source_rest(
     source:VideoSource, # The footage
     face='largest', # Which face, as `FaceTracker` takes it
-    most:int=50, # Frames looked at
+    most:int=25, # Frames looked at
+    backend=None, # Face backend; None chooses
 ) -> np.ndarray|None: # [23,2], or None where these frames show no face
     "The mouth at rest of the person in the footage"
-    records = FaceTracker(select=face).track(frame.image for frame in source.frames(0, min(most, source.frame_count)))
+    records = FaceTracker(backend, select=face).track(frame.image for frame in source.frames(0, min(most, source.frame_count)))
     landmarks = [record.landmarks for record in records if record.found]
     return mouth_at_rest(np.stack(landmarks)) if landmarks else None
 
@@ -321,7 +323,7 @@ def batches(items, size):
     iterator = iter(items)
     while batch := list(islice(iterator, size)): yield batch
 
-# %% ../nbs/59_stages.ipynb #0a6da49d
+# %% ../nbs/59_stages.ipynb #c1b5120e
 def speaking_frames(
     source:VideoSource, # The footage
     speech:SpeechWindows, # The sound
@@ -331,12 +333,12 @@ def speaking_frames(
     timer:StageTimer|None=None, # Gets the stages decode, face, audio, encode, generate
 ) -> Iterator: # Of `SpeakingFrame`
     "Make the footage speak, frame by frame. Raises `FaceError` if it has no face at all"
-    timer = timer or StageTimer()
-    with timer('face'): faces = FaceCache(bundle, settings, source_rest(source, settings.face))
+    timer, backend = timer or StageTimer(), face_backend()
+    with timer('face'): faces = FaceCache(bundle, settings, source_rest(source, settings.face, backend=backend))
     ahead = max(2, min(settings.batch_size, 50_000_000//(3*source.width*source.height)))
     def painted():
         first = 0
-        with closing(prefetch(tracked_frames(source, count, settings.loop, settings.face, timer), ahead)) as frames:
+        with closing(prefetch(tracked_frames(source, count, settings.loop, settings.face, timer, backend), ahead)) as frames:
             for pairs in batches(frames, settings.batch_size):
                 with timer('audio'): windows = speech.take(first, len(pairs))
                 with timer('encode'): prepared = faces(pairs)
