@@ -107,7 +107,7 @@ def generate(self,
     return crops
 Bundle.encode_crops, Bundle.generate = encode_crops, generate
 
-# %% ../nbs/32_bundle.ipynb #08f6fca6
+# %% ../nbs/32_bundle.ipynb #8553f372
 def save_bundle(bundle:Bundle, # what to write
                 folder, # new or existing folder
                 audio_encoder_folder=None, # copied as `audio_encoder` unless it lies there already
@@ -120,6 +120,8 @@ def save_bundle(bundle:Bundle, # what to write
         kept = model.dtype
         torch.nn.Module.to(model, dtype).save_pretrained(folder/name)
         torch.nn.Module.to(model, kept)
+        path = folder/name/'config.json'
+        write_json(path, {k: v for k, v in read_json(path).items() if k != '_name_or_path'}) # it names a folder of this machine
     if audio_encoder_folder and Path(audio_encoder_folder).resolve() != (folder/'audio_encoder').resolve():
         shutil.copytree(audio_encoder_folder, folder/'audio_encoder', dirs_exist_ok=True)
     hash_bundle(folder, bundle.config)
