@@ -82,11 +82,9 @@ def encode_crops(self,
                 )->tuple: # masked and reference latents [B,C,32,32]
     "Latents of the crops without their lower half, and of the whole crops"
     images = to_network(crops, self.device, self.dtype).contiguous(memory_format=torch.channels_last)
-    masked = mask_lower_half(images)
-    if self.painter.config.layout == 'full': return tuple(self.vae.encode(torch.cat([masked, images])).chunk(2))
-    rows = 3*images.shape[2]//4
-    masked = F.pad(self.vae.encode(masked[:, :, :rows]), (0, 0, 0, (images.shape[2] - rows)//8))
-    return masked, self.vae.encode(images)
+    if self.painter.config.layout == 'full': return tuple(self.vae.encode(torch.cat([mask_lower_half(images), images])).chunk(2))
+    masked, reference = self.vae.encode_both(images)
+    return F.pad(masked, (0, 0, 0, reference.shape[2] - masked.shape[2])), reference
 
 @torch.inference_mode()
 def generate(self,
@@ -94,16 +92,14 @@ def generate(self,
              reference:torch.Tensor, # [B,C,32,32]
              audio_tokens:torch.Tensor, # [B,S,D]
              crops:np.ndarray, # uint8 [B,256,256,3], for the rows that are not repainted
-             geometry:torch.Tensor=None, # [B,64,16,32] drawn lips
-             context:int=6 # latent rows above the middle that the decoder sees
+             geometry:torch.Tensor=None # [B,64,16,32] drawn lips
             )->np.ndarray: # uint8 [B,256,256,3]
     "Speaking crops: one pass of the painter, then the decoder"
     latents = self.painter(masked, reference, audio_tokens, geometry)
     if self.painter.config.layout == 'full': return to_images(self.vae.decode(latents))
     half = latents.shape[2]//2
-    latents = torch.cat([reference[:, :, half - context:half], latents[:, :, half:]], 2)
-    images, crops = to_images(self.vae.decode(latents)), np.array(crops)
-    crops[:, crops.shape[1]//2:] = images[:, 8*context:]
+    crops = np.array(crops)
+    crops[:, crops.shape[1]//2:] = to_images(self.vae.decode_below(torch.cat([reference[:, :, :half], latents[:, :, half:]], 2), half))
     return crops
 Bundle.encode_crops, Bundle.generate = encode_crops, generate
 
