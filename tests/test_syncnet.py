@@ -1,0 +1,177 @@
+"SyncNet: the reference's figures reproduced, official files loaded or refused with a reason, windows right at every offset"
+import json
+import os
+import zlib
+from pathlib import Path
+import numpy as np
+import pytest
+import torch
+from musetalk.core import BundleError, ConfigError, MediaError
+from musetalk.syncnet import (OFFICIAL_SYNCNET, SyncNet, cut_windows, first_columns, hear_windows, load_syncnet, pair_loss, sync_loss,
+                              sync_mel, sync_scores)
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT/'tests'/'golden'
+TINY = dict(audio_encoder=dict(in_channels=1, block_out_channels=[32, 32, 32, 64], downsample_factors=[[4, 2], [4, 2], 2, [2, 3]]),
+            visual_encoder=dict(in_channels=15, block_out_channels=[32, 32, 32, 32, 64], downsample_factors=[2, 2, 2, 2, [2, 4]]),
+            frames=5, region=(140, 236, 64, 192), size=(32, 64), sound_size=(80, 16))
+
+
+def recipe(seed, shapes):
+    "The deterministic weights the recorded figures were made with"
+    out = {}
+    for key, shape in shapes.items():
+        values = np.random.default_rng(zlib.crc32(f'{seed}:{key}'.encode())).standard_normal(shape, dtype=np.float32)
+        if values.ndim >= 2: values = values/np.float32(np.sqrt(np.prod(shape[1:])))
+        elif key.endswith('weight'): values = 1 + .05*values
+        else: values = .05*values
+        out[key] = torch.from_numpy(np.asarray(values, dtype=np.float32))
+    return out
+
+
+def given(seed, name, shape, scale=1):
+    values = np.random.default_rng(zlib.crc32(f'{seed}:input:{name}'.encode())).standard_normal(shape, dtype=np.float32)
+    return torch.from_numpy(np.clip(.5*values, -1, 1)*np.float32(scale))
+
+
+def reproduces(name, **config):
+    "Embeddings, cosine and both losses of a recorded network"
+    golden = np.load(GOLDEN/f'{name}.npz')
+    meta = json.loads(str(golden['meta']))
+    seed = meta['weight_seed']
+    with torch.device('meta'): model = SyncNet(**meta['config'], **config)
+    weights = recipe(seed, {key: tuple(value.shape) for key, value in model.state_dict().items()})
+    model.load_state_dict(weights, assign=True)
+    model.eval().requires_grad_(False)
+    assert (sum(p.numel() for p in model.parameters()), len(weights)) == (meta['parameters'], meta['tensors'])
+    def close(ours, theirs): assert np.abs(np.asarray(ours) - theirs).max() <= 1e-4*np.abs(theirs).max()
+    seen, real = (given(seed, key, meta['visual_shape']) for key in ('visual', 'gt'))
+    sound = given(seed, 'audio', meta['audio_shape'], meta['audio_scale'])
+    face, heard = model(seen, sound)
+    close(face, golden['visual_embed'])
+    close(heard, golden['audio_embed'])
+    close(model.probability(face, heard), golden['cosine'])
+    close(pair_loss(model.probability(face, heard), 1), golden['loss'])
+    left, right = meta['partial_frames']
+    mixed = real.clone()
+    mixed[:, 3*left:3*right] = seen[:, 3*left:3*right]
+    close(model.probability(model.see(mixed), heard), golden['cosine_partial'])
+    if tuple(model.config.size) != (128, 256): return
+    def crops(half): return torch.cat([torch.full((2, 16, 3, 128, 256), .3), half.unflatten(1, (16, 3))], 3)
+    close(sync_loss(model, crops(seen), sound), golden['loss'])
+    close(sync_loss(model, crops(seen)[:, left:right], sound, crops(real), left), golden['loss_partial'])
+
+
+def test_a_small_network_equals_the_reference():
+    reproduces('syncnet_small', frames=2, size=(32, 64), sound_size=(16, 12))
+
+
+@pytest.mark.skipif(not os.environ.get('MUSETALK_SLOW_TESTS'), reason='needs 4 GB of memory; set MUSETALK_SLOW_TESTS=1')
+def test_the_full_network_equals_the_reference():
+    reproduces('syncnet_full')
+
+
+def test_cosine_loss_equals_the_reference():
+    "Negative cosines count as impossible, 100 each"
+    golden = np.load(GOLDEN/'syncnet_small.npz')
+    seed = json.loads(str(golden['meta']))['weight_seed']
+    model = SyncNet(**TINY)
+    cosine = model.probability(given(seed, 'ea', (4, 16)), given(seed, 'ev', (4, 16)))
+    assert np.abs(cosine.numpy() - golden['direct_cosine']).max() < 1e-5
+    assert abs(pair_loss(cosine, 1).item() - golden['direct_loss']) < 1e-3
+
+
+def test_mel_and_its_windows_equal_the_reference():
+    golden = np.load(GOLDEN/'syncnet_mel.npz')
+    meta = json.loads(str(golden['meta']))
+    mel = sync_mel(golden['waveform'].astype(np.float32)/32768)
+    assert mel.shape == (meta['columns'], 80)
+    assert np.abs(mel[::meta['stride']] - golden['mel_sample']).max() < 1e-4
+    assert first_columns(meta['offsets']).tolist() == meta['start_column']
+    for offset, accepted in zip(meta['offsets'], meta['accepted']):
+        try: cut_windows(mel, first_columns([offset]), 52, 'refuse')
+        except MediaError: assert not accepted
+        else: assert accepted
+    ours = cut_windows(mel, first_columns([0, 7, 64]), 52).transpose(0, 2, 1)
+    assert np.abs(ours[:2] - golden['windows']).max() < 1e-4
+    assert np.array_equal(ours[2, :, -1], mel[255])
+
+
+@pytest.mark.parametrize('frame', [0, 1, 699, 700, 701, 745])
+def test_windows_fit_the_sound_at_every_offset(frame):
+    "The reference is four seconds off from frame 700 on"
+    rng, model = np.random.default_rng(frame), SyncNet(**TINY)
+    sound = rng.normal(size=16000*31).astype(np.float32)/10
+    begin = frame*640
+    window = hear_windows(model, sync_mel(sound), [frame])[0, 0]
+    alone = sync_mel(sound[begin - begin % 200:begin + 16000])
+    assert np.abs(window.numpy().T[3:] - alone[3:16]).max() < 1e-4
+
+
+def test_the_shift_of_a_clip_is_kept():
+    model, mel = SyncNet(**TINY), sync_mel(np.random.default_rng(0).normal(size=16000*4).astype(np.float32)/10)
+    assert torch.equal(hear_windows(model, mel, [3], shift=2.), hear_windows(model, mel, [53]))
+    late = hear_windows(model, mel, [3], shift=.08)
+    assert torch.equal(late, hear_windows(model, mel, [5]))
+
+
+@pytest.fixture
+def tiny():
+    torch.manual_seed(0)
+    return SyncNet(**TINY).eval()
+
+
+def test_an_official_file_loads(tiny, tmp_path):
+    torch.save(dict(state_dict=tiny.state_dict(), global_step=torch.tensor(7)), tmp_path/'net.pt')
+    loaded, sound = load_syncnet(tmp_path/'net.pt', TINY), torch.randn(2, 1, 80, 16)
+    assert torch.equal(loaded.hear(sound), tiny.hear(sound)) and not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+@pytest.mark.parametrize('damage, words', [
+    (lambda path, net: path.write_bytes(path.read_bytes()[:3000]), 'damaged'),
+    (lambda path, net: path.write_bytes(b''), 'damaged'),
+    (lambda path, net: path.write_text('not weights'), 'damaged'),
+    (lambda path, net: path.unlink(), 'fetch'),
+    (lambda path, net: torch.save(net.state_dict(), path), "no 'state_dict'"),
+    (lambda path, net: torch.save([1, 2], path), "no 'state_dict'"),
+    (lambda path, net: torch.save(dict(state_dict={k: v for k, v in net.state_dict().items() if 'norm_out' not in k}), path), "lacks 'audio_encoder.norm_out"),
+    (lambda path, net: torch.save(dict(state_dict=net.state_dict() | {'extra': torch.zeros(1)}), path), "has 'extra'"),
+    (lambda path, net: torch.save(dict(state_dict=net.state_dict() | {'visual_encoder.conv_in.weight': torch.zeros(32, 48, 3, 3)}), path), '[32, 48, 3, 3]'),
+    (lambda path, net: torch.save(dict(state_dict=print), path), 'damaged'),
+])
+def test_wrong_checkpoints_are_named(tiny, tmp_path, damage, words):
+    path = tmp_path/'net.pt'
+    torch.save(dict(state_dict=tiny.state_dict()), path)
+    damage(path, tiny)
+    with pytest.raises(BundleError) as error: load_syncnet(path, TINY)
+    assert words in str(error.value) and str(path) in str(error.value) and '\n' not in str(error.value)
+
+
+def test_the_published_keys_are_the_ones_wanted():
+    with torch.device('meta'): keys = SyncNet(**OFFICIAL_SYNCNET).state_dict()
+    assert {key.split('.')[0] for key in keys} == {'audio_encoder', 'visual_encoder'}
+    leaves = {key.split('.')[3] if 'down_blocks' in key else key.split('.')[1] for key in keys}
+    assert leaves == {'conv_in', 'norm_out', 'norm1', 'conv1', 'norm2', 'conv2', 'conv_shortcut', 'downsample_conv'}
+
+
+def test_the_training_configuration_is_the_official_network():
+    import yaml
+    config = yaml.safe_load((ROOT/'configs'/'training'/'syncnet.yaml').read_text())
+    with torch.device('meta'): model = SyncNet(**config['model'])
+    assert sum(p.numel() for p in model.parameters()) == 371_766_496
+    assert config['ckpt']['inference_ckpt_path'].endswith('latentsync_syncnet.pt') and config['ckpt']['save_ckpt_steps'] == 2500
+
+
+def test_bad_input_is_answered_in_a_sentence(tiny):
+    faces, sound = np.zeros((20, 256, 256, 3), np.uint8), np.random.default_rng(0).normal(size=32000).astype(np.float32)/10
+    for problem, words in ((lambda: sync_scores(tiny, faces[:4], sound), '4 frames are too short'),
+                           (lambda: sync_scores(tiny, faces, sound[:0]), 'empty'),
+                           (lambda: sync_scores(tiny, faces, sound*0), 'silence'),
+                           (lambda: sync_scores(tiny, faces, sound[:2000]), 'too short'),
+                           (lambda: sync_mel(np.zeros(100, np.int16)), 'floating-point')):
+        with pytest.raises(MediaError, match=words): problem()
+    with pytest.raises(ConfigError, match='5 frames at a time'): sync_loss(tiny, torch.zeros(1, 4, 3, 256, 256), torch.zeros(1, 1, 80, 16))
+    with pytest.raises(ConfigError, match='speech encoder'):
+        sync_scores(SyncNet(**TINY | dict(sound='features', sound_size=(1, 10), audio_encoder=dict(
+            in_channels=384, block_out_channels=[32, 32, 64], downsample_factors=[[1, 2], [1, 2], [1, 2]]))), faces, sound)
