@@ -60,13 +60,14 @@ def _bbox(square):
     return tuple(float(v) for v in (x - side/2, y - side/2, x + side/2, y + side/2))
 
 # %% ../nbs/11_face.ipynb #2d3aa6b7
-def _cut_out(image, square, side, margin):
+def _cut_out(image, square, side, margin, grey=False):
     "Upright patch `[n,n]` around the square, which gets `side` pixels, and the 2x3 matrix frame -> patch"
     x, y, size, roll = square
     reach = size*(.5 + margin)*1.5 + 4
     left, top = max(0, int(x - reach)), max(0, int(y - reach))
     left, top = min(left, image.shape[1] - 1), min(top, image.shape[0] - 1)
     image = image[top:max(top + 1, int(y + reach)), left:max(left + 1, int(x + reach))]
+    if grey: image = _grey(image)
     shrink = max(1, int(size/side))
     if shrink > 1: image = cv2.resize(image, (max(1, image.shape[1]//shrink), max(1, image.shape[0]//shrink)), interpolation=cv2.INTER_AREA)
     n, scale = int(round(side*(1 + 2*margin))), side/size
@@ -351,9 +352,9 @@ MIN_FIT, MIN_LIKENESS, MIN_CONTINUITY = .4, .6, .85
 def _likeness(image, face, reference):
     return float((appearance(image, face.square)*reference).sum())
 
-
 def _thumbnail(image):
-    small = cv2.resize(_grey(image), (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
+    step = max(1, min(image.shape[:2])//192) # every few pixels of a large frame are enough for 32x32 averages
+    small = cv2.resize(_grey(np.ascontiguousarray(image[::step, ::step])), (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
     return small - small.mean()
 
 @patch
@@ -367,7 +368,7 @@ def is_cut(self:FaceTracker,
 
 def appearance(image, square):
     "Eyes and nose, upright, 26x22 pixels, zero mean and unit length"
-    patch_ = _grey(_cut_out(image, square, 32, 0)[0])[2:24, 3:29].astype(np.float32)
+    patch_ = _cut_out(image, square, 32, 0, grey=True)[0][2:24, 3:29].astype(np.float32)
     patch_ -= patch_.mean()
     return patch_/(np.linalg.norm(patch_) + 1e-6)
 
