@@ -22,7 +22,7 @@ from skimage.metrics import structural_similarity
 
 from .core import FaceError, MediaError, find_models
 from .crop import face_scale, rigid_transform
-from .face import RADIUS, DlibBackend, FaceTracker, smooth_landmarks
+from .face import RADIUS, DlibBackend, FaceTracker, face_backend, smooth_landmarks
 from .media import VideoSource
 from .mouth import lip_opening
 
@@ -50,11 +50,14 @@ class FaceTrack:
         if self.found.any(): curve[self.found] = lip_opening(self.landmarks[self.found])
         return curve
 
-# %% ../nbs/53_metrics.ipynb #cf3f6783
+# %% ../nbs/53_metrics.ipynb #ac64ca72
+@cache
+def _backend(): return face_backend()
+
 def track_images(images, # iterable of RGB uint8 [H,W,3], or of objects with `.image`
                 )->FaceTrack: # of as many frames
     "Track one face through a stream of frames, raw and smoothed"
-    records = list(FaceTracker(smoothing=0).track(images))
+    records = list(FaceTracker(_backend(), smoothing=0).track(images))
     raw = np.stack([r.landmarks if r.found else np.full((68, 2), np.nan, np.float32) for r in records]) if records else np.zeros((0, 68, 2), np.float32)
     smooth, segments = raw.copy(), np.array([r.segment if r.found else -1 for r in records])
     for index in np.flatnonzero(segments >= 0):
