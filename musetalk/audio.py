@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'FEATURE_RATE', 'FEATURE_SAMPLES', 'OFFICIAL_BLOCK', 'log_mel', 'AudioEncoder', 'WhisperEncoder',
-           'StreamingFeatures', 'encode_audio', 'window_starts', 'frame_windows', 'tokens', 'StreamingTokens',
-           'frame_tokens', 'positional_encoding']
+           'StreamingFeatures', 'encode_audio', 'window_starts', 'frame_windows', 'windows_at', 'tokens',
+           'SpeechWindows', 'positional_encoding']
 
 # %% ../nbs/20_audio.ipynb #98247a82
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -252,9 +252,10 @@ def window_starts(
     return torch.tensor([FEATURE_RATE * i * fps.denominator // fps.numerator - 2 * left for i in range(first, first + count)], dtype=torch.int64)
 
 # %% ../nbs/20_audio.ipynb #7a4f038b
-def _gather(features, starts, width):
-    "Windows of `width` features from each start on, zeros outside"
-    index = starts[:, None] + torch.arange(width)
+def _gather(features, starts, left, right):
+    "Windows of features from each start on, zeros outside"
+    features = torch.as_tensor(features)
+    index = starts[:, None] + torch.arange(2 * (left + right + 1))
     inside = (index >= 0) & (index < len(features))
     windows = features.new_zeros(*index.shape, *features.shape[1:])
     windows[inside] = features[index[inside]]
@@ -268,7 +269,17 @@ def frame_windows(
     right:int=2, # Feature pairs (40 ms) after the frame's own
 ) -> torch.Tensor: # [count, 2(left+right+1), layers, dim]
     "The features around each frame, zeros outside the sound. Raises `ConfigError` for a frame rate that is none"
-    return _gather(torch.as_tensor(features), window_starts(fps, count, left), 2 * (left + right + 1))
+    return _gather(features, window_starts(fps, count, left), left, right)
+
+def windows_at(
+    features, # [A, layers, dim] at 50 Hz
+    seconds, # [N] moments, from the start of the sound
+    left:int=2, # Feature pairs (40 ms) before the moment's own
+    right:int=2, # Feature pairs (40 ms) after the moment's own
+) -> torch.Tensor: # [N, 2(left+right+1), layers, dim]
+    "The features around any moments, zeros outside the sound"
+    moments = np.floor(FEATURE_RATE * np.asarray(seconds, np.float64) + 1e-6).astype(np.int64)
+    return _gather(features, torch.from_numpy(moments) - 2 * left, left, right)
 
 # %% ../nbs/20_audio.ipynb #3bea980f
 def tokens(
@@ -278,17 +289,19 @@ def tokens(
     return windows.flatten(1, 2)
 
 # %% ../nbs/20_audio.ipynb #f29d98a0
-class StreamingTokens:
-    "The tokens of each video frame of a sound that arrives in pieces, as soon as the frame's window is complete"
+class SpeechWindows:
+    "The window of features around each frame of a sound that arrives in pieces"
     def __init__(self,
         encoder:AudioEncoder, # Whose features
         fps, # Frames per second, a Fraction or what makes one
         left:int=2, # Feature pairs (40 ms) before the frame's own
         right:int=2, # Feature pairs (40 ms) after the frame's own
+        blocks:Iterable|None=None, # Pieces of the sound to draw from; None: it is fed
+        first:int=0, # Number of the feature that the sound begins with
     ):
-        self.fps, self.left, self.right, self.frame_count = Fraction(fps), left, right, 0
-        self.stream, self.width = StreamingFeatures(encoder), 2 * (left + right + 1)
-        self._kept, self._first = torch.zeros(0, len(encoder.layers), encoder.dim), 0
+        self.stream, self.fps, self.left, self.right = StreamingFeatures(encoder), Fraction(fps), left, right
+        self.blocks, self.width = None if blocks is None else iter(blocks), 2 * (left + right + 1)
+        self.features, self.first, self.loudest = torch.zeros(0, len(encoder.layers), encoder.dim), first, 0.
         window_starts(self.fps, 0)
 
     @property
@@ -296,45 +309,33 @@ class StreamingTokens:
         "Longest time from the moment a frame stands for to the sample that completes its window"
         return self.stream.encoder.latency + Fraction(2 * self.right + 1, FEATURE_RATE)
 
-    def _frames(self, features, count):
-        self._kept = torch.cat([self._kept, features])
-        starts = window_starts(self.fps, count, self.left, self.frame_count)
-        ready = tokens(_gather(self._kept, starts - self._first, self.width))
-        self.frame_count += count
-        behind = int(window_starts(self.fps, 1, self.left, self.frame_count)[0]) - self._first
-        if behind > 0: self._kept, self._first = self._kept[behind:].clone(), self._first + min(behind, len(self._kept))
-        return ready
+    @property
+    def ready(self) -> int: # A frame is ready if its number is below
+        "How many frames have a complete window"
+        last = self.first + len(self.features) - self.width + 2 * self.left   # the last complete window is centred here
+        return max(0, -(-(last + 1) * self.fps.numerator // (FEATURE_RATE * self.fps.denominator)))
 
 # %% ../nbs/20_audio.ipynb #024dba26
 @patch
-def push(self:StreamingTokens,
-    samples:np.ndarray, # [any] the next samples, float in [-1,1]
-) -> torch.Tensor: # [ready frames, T * layers, dim], often empty
-    "Take the next samples and return the tokens of the frames that became ready"
-    features = self.stream.push(samples)
-    last = self.stream.feature_count - self.width + 2 * self.left   # the last complete window is centred here
-    complete = max(0, -(-(last + 1) * self.fps.numerator // (FEATURE_RATE * self.fps.denominator)))
-    return self._frames(features, max(0, complete - self.frame_count))
+def hear(self:SpeechWindows,
+    samples:np.ndarray|None, # [any] the next samples, float in [-1,1]; None: the sound is over
+):
+    "Take more of the sound"
+    if samples is not None and len(samples): self.loudest = max(self.loudest, float(np.abs(samples).max()))
+    self.features = torch.cat([self.features, self.stream.finish() if samples is None else self.stream.push(samples)])
 
 @patch
-def finish(self:StreamingTokens,
-    count:int|None=None, # Frames in all; None: round(seconds * fps)
-) -> torch.Tensor: # [rest, T * layers, dim]
-    "Say that the sound is over and return the tokens of the frames still missing, with zeros after the sound"
-    features = self.stream.finish()
-    if count is None: count = round(Fraction(self.stream.sample_count, SAMPLE_RATE) * self.fps)
-    return self._frames(features, max(0, count - self.frame_count))
-
-def frame_tokens(
-    encoder:AudioEncoder, # Whose features
-    blocks:Iterable, # Pieces of the sound, as `audio_blocks` gives them
-    fps, # Frames per second, a Fraction or what makes one
-    **window, # `left` and `right`
-) -> Iterator: # Tokens [some frames, T * layers, dim], in order
-    "The tokens of every frame of a sound, a few frames at a time, in memory that does not grow"
-    stream = StreamingTokens(encoder, fps, **window)
-    for block in blocks: yield stream.push(block)
-    yield stream.finish()
+def take(self:SpeechWindows,
+    first:int, # Number of the first frame
+    count:int, # Frames wanted
+) -> torch.Tensor: # [count, 2(left+right+1), layers, dim], zeros outside the sound
+    "The windows of consecutive frames; `first` may not go back. Raises `MediaError` if a fed sound is not that far yet"
+    starts = window_starts(self.fps, count, self.left, first)
+    while self.blocks is not None and not self.stream.finished and self.ready < first + count: self.hear(next(self.blocks, None))
+    if not self.stream.finished and self.ready < first + count: raise MediaError(f'Frame {first + count - 1} has not been heard yet; {self.ready} frames are ready.')
+    done = min(max(0, int(starts[0]) - self.first), len(self.features)) if count else 0
+    self.features, self.first = self.features[done:].clone(), self.first + done
+    return _gather(self.features, starts - self.first, self.left, self.right)
 
 # %% ../nbs/20_audio.ipynb #a936cdea
 @lru_cache

@@ -28,7 +28,7 @@ from .core import ConfigError, FaceError, MediaError, StageTimer, contact_sheet,
 from .crop import suggested_shift_range
 from .face import RADIUS, FaceTracker, draw_landmarks
 from .media import VideoSource, VideoWriter, audio_blocks, audio_duration, frame_count_for, loop_order
-from .stages import FaceCache, PreparedFace, SpeakingFrame, SpeechWindows, dub_settings, paint_faces, source_rest, speaking_frames
+from .stages import FaceCache, PreparedFace, SpeakingFrame, dub_settings, paint_faces, source_rest, speaking_frames
 
 # %% ../nbs/60_dub.ipynb #f68baa71
 logger = logging.getLogger('musetalk')
@@ -102,7 +102,7 @@ def dub(
     if not count: raise MediaError(f'{audio} is too short for a single frame ({float(seconds):.3f} s); give a longer sound.')
     writer = VideoWriter(out, source.fps, source.width, source.height, audio, settings.crf, source.color, seconds)
     if not isinstance(bundle, Bundle): bundle = load_bundle(bundle, device)
-    speech = SpeechWindows(bundle, audio_blocks(audio, 1), source.fps)
+    speech = bundle.stream(audio_blocks(audio, 1), source.fps)
     missed = _write(writer, speaking_frames(source, speech, count, bundle, settings, timer), count, settings, timer, progress)
     if speech.loudest < SILENCE: logger.warning('%s is silent, so the mouth was given nothing to say.', audio)
     if missed: logger.warning('%d of %d frames had no usable face and were left as they were.', missed, count)
@@ -161,7 +161,7 @@ def preview_panels(
 ) -> np.ndarray: # RGB uint8
     "Source with box, mask, painted crop and result side by side"
     boxed = draw_landmarks(image, landmarks, face.box)
-    tinted = composite(image, np.full((8, 8, 3), (40, 200, 120), np.uint8), face.box, .6*face.mask, match=False, sharpen=0)
+    tinted = composite(image, np.full((8, 8, 3), (40, 200, 120), np.uint8), face.box, cv2.convertScaleAbs(face.mask, alpha=.6), match=False, sharpen=0)
     pictures = [_around(boxed, face.box), _around(tinted, face.box), crop, _around(result, face.box)]
     return contact_sheet(pictures, ['source: box and landmarks', 'mask: may be repainted', 'painted by the network', 'result'], height, 4)
 
@@ -173,7 +173,7 @@ def speech_at(
     frame:int, # Number of the output frame
 ) -> torch.Tensor: # [1, W, layers, dim]
     "The window of speech around one frame"
-    if audio is None: return SpeechWindows(bundle, [np.zeros(48000, np.float32)], Fraction(25)).take(25, 1)
+    if audio is None: return bundle.stream([np.zeros(48000, np.float32)], 25).take(25, 1)
     encoder = bundle.audio_encoder
     hop, context = int(encoder.hop*encoder.rate), int(encoder.left*encoder.rate)
     first = max(0, (int(window_starts(fps, 1, bundle.left, frame)[0]) - context)//hop*hop)
@@ -182,7 +182,7 @@ def speech_at(
         for block in audio_blocks(audio, 1):
             yield block[skip:]
             skip = max(0, skip - len(block))
-    return SpeechWindows(bundle, rest(), fps, first).take(frame, 1)
+    return bundle.stream(rest(), fps, first).take(frame, 1)
 
 # %% ../nbs/60_dub.ipynb #323b8437
 def preview(
@@ -206,7 +206,8 @@ def preview(
     if not record.found: raise FaceError(f'{video} shows no face at {float(time):g} s; choose another time.')
     if not isinstance(bundle, Bundle): bundle = load_bundle(bundle, device)
     frame = frames[index - first]
-    face, = FaceCache(bundle, settings, source_rest(source, settings.face))([(frame, record)])
+    begin = FaceTracker(select=settings.face).track(source.frames(0, 25))
+    face, = FaceCache(bundle, settings, source_rest(list(begin)))([(frame, record)])
     if face is None: raise FaceError(f'The crop box leaves the picture at {float(time):g} s of {video}; lower bbox_shift or choose another time.')
     crop, = paint_faces(bundle, [face], speech_at(bundle, audio, source.fps, number))
     result = SpeakingFrame(frame.image, face, crop).result(settings, number)

@@ -4,24 +4,25 @@
 
 # %% auto #0
 __all__ = ['LOOPS', 'RANGES', 'DubSettings', 'parse_face', 'parse_fps', 'dub_settings', 'prefetch', 'tracked_frames', 'no_face',
-           'source_rest', 'PreparedFace', 'prepare_face', 'FaceCache', 'SpeechWindows', 'paint_faces', 'SpeakingFrame',
-           'batches', 'speaking_frames']
+           'source_rest', 'with_rest', 'PreparedFace', 'prepare_face', 'FaceCache', 'paint_faces', 'SpeakingFrame',
+           'batches', 'few_threads', 'speaking_frames']
 
 # %% ../nbs/59_stages.ipynb #9aaf959f
+import os
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
-from itertools import islice
+from itertools import chain, islice
 from queue import Full, Queue
 from threading import Event, Thread
 
+import cv2
 import numpy as np
 import torch
-from fastcore.basics import patch
 
-from .audio import StreamingFeatures, window_starts
+from .audio import SpeechWindows
 from .blend import composite
 from .bundle import Bundle
 from .core import ConfigError, FaceError, StageTimer
@@ -162,15 +163,21 @@ def no_face(source, count, face):
 
 # %% ../nbs/59_stages.ipynb #e1d2078b
 def source_rest(
-    source:VideoSource, # The footage
-    face='largest', # Which face, as `FaceTracker` takes it
-    most:int=25, # Frames looked at
-    backend=None, # Face backend; None chooses
-) -> np.ndarray|None: # [23,2], or None where these frames show no face
+    records:list, # `FaceRecord`s of some frames
+) -> np.ndarray|None: # [23,2], or None where they show no face
     "The mouth at rest of the person in the footage"
-    records = FaceTracker(backend, select=face).track(frame.image for frame in source.frames(0, min(most, source.frame_count)))
     landmarks = [record.landmarks for record in records if record.found]
     return mouth_at_rest(np.stack(landmarks)) if landmarks else None
+
+def with_rest(
+    pairs:Iterable, # `(Frame, FaceRecord)`, as `tracked_frames` gives them
+    source:VideoSource, # The footage, whose first frames are decoded again
+    most:int=25, # Frames looked at
+) -> tuple: # `rest` of the first frames, and an iterator over all pairs
+    "Learn the mouth at rest from the first frames without losing or keeping them"
+    pairs = iter(pairs)
+    records = [record for _, record in islice(pairs, min(most, source.frame_count))]
+    return source_rest(records), chain(zip(source.frames(0, len(records)), records), pairs)
 
 # %% ../nbs/59_stages.ipynb #551be412
 @dataclass
@@ -178,7 +185,7 @@ class PreparedFace:
     "A face ready to be repainted"
     box:tuple # (x1, y1, x2, y2) whole pixels, may leave the frame
     crop:np.ndarray # uint8 [256,256,3]
-    mask:np.ndarray # float16 [y2-y1, x2-x1] in [0,1]
+    mask:np.ndarray # uint8 [y2-y1, x2-x1], 255 where it is repainted
     masked:torch.Tensor|None=None # [C,32,32] latents without the lower half
     reference:torch.Tensor|None=None # [C,32,32] latents of the whole crop
     mouth:SourceMouth|None=None # Where its lips lie and how they rest
@@ -206,7 +213,7 @@ def prepare_face(
     if min(x2, width) - max(x1, 0) < 16 or min(y2, height) - max(y1, 0) < 16: return None
     mask = jaw_mask(record.landmarks, box, settings.left_cheek_width, settings.right_cheek_width, settings.upper_boundary_ratio, settings.feather)
     mouth = source_mouth(record.landmarks, box, rest, bundle.image_size)
-    return PreparedFace(box, crop_face(image, box, bundle.image_size), mask.astype(np.float16), mouth=mouth)
+    return PreparedFace(box, crop_face(image, box, bundle.image_size), cv2.convertScaleAbs(mask, alpha=255), mouth=mouth)
 
 # %% ../nbs/59_stages.ipynb #26841522
 class FaceCache:
@@ -244,45 +251,6 @@ class FaceCache:
             self.known[index] = face
             self.known.move_to_end(index)
         while self.size > self.limit and len(self.known) > 1: self.size -= self.known.popitem(last=False)[1].bytes
-
-# %% ../nbs/59_stages.ipynb #18499890
-class SpeechWindows:
-    "Windows of speech features for one batch of frames after the other"
-    def __init__(self,
-        bundle:Bundle, # Its encoder hears, and it knows the window's size
-        blocks:Iterable, # float32 [n] pieces of the sound, 16 kHz
-        fps:Fraction, # Frames per second
-        first:int=0, # Number of the feature that the sound begins with
-    ):
-        self.stream, self.blocks, self.fps = StreamingFeatures(bundle.audio_encoder), iter(blocks), fps
-        self.left, self.width = bundle.left, 2*(bundle.left + bundle.right + 1)
-        self.features = torch.zeros(0, len(bundle.audio_encoder.layers), bundle.audio_encoder.dim)
-        self.first, self.loudest = first, 0.
-
-    def _read(self, stop):
-        "Hear on until feature `stop` is there, or the sound ends"
-        while self.first + len(self.features) < stop and not self.stream.finished:
-            block = next(self.blocks, None)
-            if block is not None and len(block): self.loudest = max(self.loudest, float(np.abs(block).max()))
-            new = self.stream.finish() if block is None else self.stream.push(block)
-            self.features = torch.cat([self.features, new])
-
-# %% ../nbs/59_stages.ipynb #ffece799
-@patch
-def take(self:SpeechWindows,
-    first:int, # Number of the first frame
-    count:int, # Frames in the batch
-) -> torch.Tensor: # [count, W, layers, dim], zeros outside the sound
-    "The windows of consecutive frames; `first` may not go back"
-    starts = window_starts(self.fps, count, self.left, first)
-    self._read(int(starts[-1]) + self.width)
-    done = min(max(0, int(starts[0]) - self.first), len(self.features))
-    self.features, self.first = self.features[done:].clone(), self.first + done
-    index = starts[:, None] + torch.arange(self.width) - self.first
-    inside = (index >= 0) & (index < len(self.features))
-    windows = torch.zeros(count, self.width, *self.features.shape[1:])
-    windows[inside] = self.features[index[inside]]
-    return windows
 
 # %% ../nbs/59_stages.ipynb #ba531f6f
 def paint_faces(
@@ -323,26 +291,42 @@ def batches(items, size):
     iterator = iter(items)
     while batch := list(islice(iterator, size)): yield batch
 
+# %% ../nbs/59_stages.ipynb #5c021aa3
+@contextmanager
+def few_threads():
+    "Within it PyTorch uses half of the cores, since another lane runs beside"
+    before = torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    torch.set_num_threads(max(1, min(before, cores//2)))
+    try: yield
+    finally: torch.set_num_threads(before)
+
 # %% ../nbs/59_stages.ipynb #c1b5120e
 def speaking_frames(
     source:VideoSource, # The footage
-    speech:SpeechWindows, # The sound
+    speech:SpeechWindows, # The sound, to be drawn from
     count:int, # Frames wanted
     bundle:Bundle, # The model
     settings:DubSettings, # How it should look
-    timer:StageTimer|None=None, # Gets the stages decode, face, audio, encode, generate
+    timer:StageTimer|None=None, # Gets the stages decode, face, encode, audio, generate
 ) -> Iterator: # Of `SpeakingFrame`
     "Make the footage speak, frame by frame. Raises `FaceError` if it has no face at all"
-    timer, backend = timer or StageTimer(), face_backend()
-    with timer('face'): faces = FaceCache(bundle, settings, source_rest(source, settings.face, backend=backend))
+    timer = timer or StageTimer()
     ahead = max(2, min(settings.batch_size, 50_000_000//(3*source.width*source.height)))
+    def prepared():
+        with few_threads(), closing(tracked_frames(source, count, settings.loop, settings.face, timer)) as tracked:
+            rest, pairs = with_rest(tracked, source)
+            faces = FaceCache(bundle, settings, rest)
+            for batch in batches(pairs, settings.batch_size):
+                with timer('encode'): ready = faces(batch)
+                yield from zip([frame.image for frame, _ in batch], ready)
     def painted():
         first = 0
-        with closing(prefetch(tracked_frames(source, count, settings.loop, settings.face, timer, backend), ahead)) as frames:
-            for pairs in batches(frames, settings.batch_size):
-                with timer('audio'): windows = speech.take(first, len(pairs))
-                with timer('encode'): prepared = faces(pairs)
-                with timer('generate'): crops = paint_faces(bundle, prepared, windows)
-                first += len(pairs)
-                for (frame, _), face, crop in zip(pairs, prepared, crops): yield SpeakingFrame(frame.image, face, crop)
+        with few_threads(), closing(prefetch(prepared(), ahead)) as frames:
+            for batch in batches(frames, settings.batch_size):
+                images, faces = zip(*batch)
+                with timer('audio'): windows = speech.take(first, len(batch))
+                with timer('generate'): crops = paint_faces(bundle, faces, windows)
+                first += len(batch)
+                yield from map(SpeakingFrame, images, faces, crops)
     return prefetch(painted(), ahead)

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from musetalk.audio import (OFFICIAL_BLOCK, AudioEncoder, StreamingFeatures, StreamingTokens, WhisperEncoder, encode_audio,
-                            frame_tokens, frame_windows, log_mel, positional_encoding, tokens, window_starts)
+from musetalk.audio import (OFFICIAL_BLOCK, AudioEncoder, SpeechWindows, StreamingFeatures, WhisperEncoder, encode_audio,
+                            frame_windows, log_mel, positional_encoding, tokens, window_starts, windows_at)
 from musetalk.core import BundleError, ConfigError, MediaError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,23 +108,39 @@ def test_selected_states_are_the_same_numbers():
 
 @pytest.mark.parametrize('fps', RATES)
 @pytest.mark.parametrize('left,right', [(2, 2), (5, 2), (0, 0)])
-def test_live_tokens_equal_the_file(fps, left, right):
+def test_live_windows_equal_the_file(fps, left, right):
     encoder = Loudness()
     for seed, length in enumerate((0, 100, 320, 5000, 31999, 48000)):
         samples = noise(length, seed)
         count = round(Fraction(length, 16000) * fps)
-        whole = tokens(frame_windows(encoder.features(samples), fps, count, left, right))
-        parts = torch.cat(list(frame_tokens(encoder, pieces(samples, 30, seed), fps, left=left, right=right)))
-        assert torch.equal(parts[:count], whole) and len(parts) - count in (0, 1) and (right == 0 or len(parts) == count)
+        whole = frame_windows(encoder.features(samples), fps, count, left, right)
+        drawn = SpeechWindows(encoder, fps, left, right, pieces(samples, 30, seed))
+        parts = [drawn.take(first, min(7, count - first)) for first in range(0, count, 7)]
+        assert torch.equal(torch.cat(parts) if parts else whole, whole)
+        fed, got = SpeechWindows(encoder, fps, left, right), []
+        for piece in [*pieces(samples, 30, seed), None]:
+            fed.hear(piece)
+            stop = count if piece is None else min(fed.ready, count)
+            if stop > len(got): got.extend(fed.take(len(got), stop - len(got)))
+        assert len(got) == count and (not count or torch.equal(torch.stack(got), whole))
+        assert torch.equal(windows_at(encoder.features(samples), [float(i / fps) for i in range(count)], left, right), whole)
 
 
 @pytest.mark.parametrize('fps', RATES)
 def test_latency_is_kept(fps):
-    live, step = StreamingTokens(Loudness(), fps), 80
+    live, step = SpeechWindows(Loudness(), fps), 80
     for heard in range(step, 32000, step):
-        before = live.frame_count
-        live.push(np.zeros(step, np.float32))
-        for i in range(before, live.frame_count): assert Fraction(heard - step, 16000) - i / Fraction(fps) <= live.latency
+        before = live.ready
+        live.hear(np.zeros(step, np.float32))
+        for i in range(before, live.ready): assert Fraction(heard - step, 16000) - i / Fraction(fps) <= live.latency
+
+
+def test_what_has_not_been_heard():
+    live = SpeechWindows(Loudness(), 25)
+    live.hear(noise(16000))
+    with pytest.raises(MediaError, match='not been heard'): live.take(live.ready, 1)
+    live.hear(None)
+    assert live.take(0, 31).shape == (31, 10, 1, 1) and not live.take(40, 2).any()
 
 
 @pytest.mark.parametrize('fps', RATES)
@@ -138,8 +154,6 @@ def test_counts_after_finish():
         stream = StreamingFeatures(Loudness())
         ready = len(stream.push(noise(length))) + len(stream.finish())
         assert ready == length // 320 == stream.feature_count
-    live = StreamingTokens(Loudness(), 25)
-    assert len(live.push(noise(16000))) + len(live.finish(count=31)) == 31
 
 
 @pytest.mark.parametrize('samples', [np.zeros(9, np.int16), np.zeros((2, 9), np.float32), np.full(9, np.nan, np.float32)])

@@ -19,7 +19,7 @@ from musetalk.core import BundleError, ConfigError, FaceError, MediaError, MuseT
 from musetalk.dub import dub, preview
 from musetalk.face import track_faces
 from musetalk.media import VideoSource, VideoWriter, audio_duration, write_audio
-from musetalk.stages import DubSettings, FaceCache, SpeakingFrame, SpeechWindows, prefetch, prepare_face, speaking_frames
+from musetalk.stages import DubSettings, FaceCache, SpeakingFrame, prefetch, prepare_face, speaking_frames
 from musetalk.tasks import run_tasks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,7 +82,7 @@ def test_windows_do_not_drift(toy, voice):
     samples = np.resize(voice, 61*16000)
     features = toy.audio_encoder.features(samples[56*16000:])  # 56 s is a whole number of blocks
     for fps in (Fraction(24000, 1001), Fraction(60)):
-        windows = SpeechWindows(toy, np.array_split(samples, 61), fps)
+        windows = toy.stream(np.array_split(samples, 61), fps)
         for first in range(0, int(60*fps), 50): taken = windows.take(first, 50)
         start = 50*first*fps.denominator//fps.numerator - 2*toy.left
         shift = start - 56*50
@@ -92,7 +92,7 @@ def test_windows_do_not_drift(toy, voice):
 @pytest.mark.parametrize('loop,order', [('pingpong', [0, 1, 2, 3, 4, 5, 4, 3, 2, 1, 0, 1]), ('repeat', [0, 1, 2, 3, 4, 5]*2), ('hold', [0, 1, 2, 3, 4] + [5]*7)])
 def test_loop_modes(toy, clip, voice, loop, order):
     source = VideoSource(clip)
-    made = list(speaking_frames(source, SpeechWindows(toy, [voice], source.fps), 12, toy, DubSettings(loop=loop, batch_size=5)))
+    made = list(speaking_frames(source, toy.stream([voice], source.fps), 12, toy, DubSettings(loop=loop, batch_size=5)))
     originals = images_of(clip)
     assert [int(np.argmin([np.abs(frame.image.astype(int) - image).sum() for image in originals])) for frame in made] == order
 
@@ -110,7 +110,7 @@ def test_rate_can_be_chosen(tmp_path, toy, picture, words):
 
 def test_speech_reaches_the_mouth_and_nothing_else(tmp_path, toy, portrait, picture, voice):
     source, settings = VideoSource(picture), DubSettings()
-    made = list(speaking_frames(source, SpeechWindows(toy, [voice], source.fps), 10, toy, settings))
+    made = list(speaking_frames(source, toy.stream([voice], source.fps), 10, toy, settings))
     results = [frame.result(settings, number) for number, frame in enumerate(made)]
     x1, y1, x2, y2 = made[0].face.box
     touched = np.zeros((160 + 400, 160 + 400), bool)
@@ -125,7 +125,7 @@ def test_frame_without_face_passes_through(tmp_path, toy, portrait, voice, caplo
     (tmp_path/'frames').mkdir()
     for number in range(5): save_image(tmp_path/f'frames/{number}.png', np.full_like(portrait, 90) if number == 2 else portrait)
     source, settings = VideoSource(tmp_path/'frames'), DubSettings()
-    made = list(speaking_frames(source, SpeechWindows(toy, [voice], source.fps), 12, toy, settings))
+    made = list(speaking_frames(source, toy.stream([voice], source.fps), 12, toy, settings))
     missed = [number for number, frame in enumerate(made) if frame.face is None]
     assert missed == [2, 6, 10]
     assert all((made[number].result(settings) == 90).all() for number in missed)
@@ -139,7 +139,7 @@ def test_batches_do_not_matter(toy, clip, voice):
     "One by one or all at once: the same pictures but for rounding"
     def made(size):
         source = VideoSource(clip)
-        return [frame.result(DubSettings()).astype(int) for frame in speaking_frames(source, SpeechWindows(toy, [voice], source.fps), 12, toy, DubSettings(batch_size=size))]
+        return [frame.result(DubSettings()).astype(int) for frame in speaking_frames(source, toy.stream([voice], source.fps), 12, toy, DubSettings(batch_size=size))]
     assert max(np.abs(one - other).max() for one, other in zip(made(1), made(12), strict=True)) <= 2
 
 
