@@ -27,7 +27,7 @@ from .blend import composite
 from .bundle import Bundle
 from .core import ConfigError, FaceError, StageTimer
 from .crop import crop_face
-from .face import FaceRecord, FaceTracker, face_backend
+from .face import FaceRecord, FaceTracker
 from .mask import jaw_mask
 from .media import VideoSource, looped
 from .mouth import SourceMouth, mouth_at_rest, source_mouth
