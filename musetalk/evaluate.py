@@ -589,7 +589,7 @@ def evaluation_markdown(result:Evaluation)->str:
     if result.missing: parts.append('Not measured. ' + '. '.join(text[0].upper() + text[1:] for text in result.missing) + '.\n')
     return '\n'.join(parts)
 
-# %% ../nbs/55_evaluate.ipynb #06506427
+# %% ../nbs/55_evaluate.ipynb #31df54ce
 COLOURS = {'dubbed': '#d1495b', 'real': '#2e8b57', 'static mouth': '#8d99ae', 'shuffled speech': '#edae49', 'undubbed': '#3a7ca5', 'another person': '#7b5ea7'}
 
 def plot_evaluation(result:Evaluation,
@@ -613,7 +613,9 @@ def plot_evaluation(result:Evaluation,
 
 def _bars(axis, title, key, table):
     rows = [row for row in table if table[row].get(key) is not None]
-    axis.bar(range(len(rows)), [table[row][key] for row in rows], color=[COLOURS[row] for row in rows])
+    values, colours = [table[row][key] for row in rows], [COLOURS[row] for row in rows]
+    if key == 'lag': axis.scatter(range(len(rows)), values, color=colours, zorder=3) or axis.set_ylim(-MOST_LAG - 1, MOST_LAG + 1)
+    else: axis.bar(range(len(rows)), values, color=colours)
     if title == 'cross' and key in TARGETS:
         low, high = TARGETS[key]
         bottom, top = axis.get_ylim()
