@@ -303,7 +303,7 @@ def compare_mouths(curve:np.ndarray, # [N] opening
     lags = lag_correlation(curve, words.curve)
     return sync_scores(curve, words.curve) | silence_motion(curve, words.silent, rest) | dict(lags=list(lags.values()))
 
-# %% ../nbs/55_evaluate.ipynb #4a157bdb
+# %% ../nbs/55_evaluate.ipynb #42de434c
 ROWS = 'dubbed', 'real', 'static mouth', 'shuffled speech', 'undubbed'
 
 def mean_of(rows:list # dictionaries of numbers and lists of numbers
@@ -329,7 +329,7 @@ def mouth_rows(workshop:Workshop,
     still, cross, alone = opening(workshop.still(face.clip)), opening(workshop.dubbed(face.clip, said.clip)), opening(workshop.dubbed(face.clip, face.clip))
     driven = {'dubbed': compare_mouths(cross, said, rest), 'real': compare_mouths(opening(workshop.real(said.clip)), said, rest_opening(said.curve)),
               'static mouth': compare_mouths(to_and_fro(still, count), said, rest_opening(still)),
-              'shuffled speech': mean_of([compare_mouths(cross, wrong, rest) for wrong in others]) if others else {},
+              'shuffled speech': mean_of([compare_mouths(cross, wrong, rest) | dict(articulation=None) for wrong in others]) if others else {},
               'undubbed': compare_mouths(to_and_fro(face.curve, count), said, rest)}
     itself = {'dubbed': compare_mouths(alone, face, rest), 'real': compare_mouths(opening(workshop.real(face.clip)), face, rest),
               'static mouth': compare_mouths(to_and_fro(still, own), face, rest_opening(still)), 'shuffled speech': compare_mouths(cross, face, rest)}
