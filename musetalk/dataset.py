@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CROP_MARGIN', 'CROP_SIZE', 'POSE_POINTS', 'PUBLISHED_POSE', 'PUBLISHED_MOUTH', 'SAMPLING', 'encode_crop', 'save_clip',
            'save_sound', 'Clip', 'FaceClips', 'clip_weights', 'random_view', 'other_geometry', 'view_matrix',
-           'apply_view', 'point_distances', 'nearest', 'reference_candidates', 'speech_windows', 'FaceLessons']
+           'apply_view', 'point_distances', 'nearest', 'reference_candidates', 'talking_portrait', 'talking_film',
+           'FaceLessons', 'turned_shape']
 
 # %% ../nbs/51_dataset.ipynb #eaf6db5c
 from functools import cached_property
@@ -14,9 +15,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from .audio import FEATURE_RATE
-from .core import ConfigError, MediaError, read_json, temporary_output
-from .crop import MIRROR, RIGID_POINTS
+from .audio import windows_at
+from .core import ConfigError, MediaError, read_json, temporary_output, write_json
+from .crop import MIRROR, RIGID_POINTS, crop_face, landmarks_in_crop, rigid_box
 from .mouth import MOUTH_MIRROR
 
 # %% ../nbs/51_dataset.ipynb #a2c7f7cb
@@ -217,25 +218,47 @@ def reference_candidates(pose:np.ndarray, # [F,P,2] points that tell the pose
 
 def _where_any(wish, otherwise): return np.where(wish.any(1, keepdims=True), wish, otherwise)
 
-# %% ../nbs/51_dataset.ipynb #ebd67d0c
-def speech_windows(features:np.ndarray, # [A,L,D] at 50 a second
-                   seconds:np.ndarray, # [N] when the sound of each frame begins
-                   left:int, right:int # pairs of features before and after the frame's own
-                  )->np.ndarray: # float32 [N,W,L,D], zeros outside the sound
-    "The stretch of speech around each frame"
-    starts = np.floor(FEATURE_RATE*np.asarray(seconds) + 1e-6).astype(int) - 2*left
-    places = starts[:, None] + np.arange(2*(left + right + 1))
-    windows = np.asarray(features[places.clip(0, len(features) - 1)], np.float32)
-    windows[(places < 0) | (places >= len(features))] = 0
-    return windows
+# %% ../nbs/51_dataset.ipynb #fa63bbe5
+def talking_portrait(picture:np.ndarray, # uint8 [H,W,3] RGB
+                     points:np.ndarray, # [68,2] its landmarks
+                     drop:float # pixels of the 288 crop
+                    )->tuple: # crop uint8 [288,288,3], landmarks [68,2] in it
+    "A portrait with the lower lip and the chin moved down"
+    box = rigid_box(points, scale=CROP_MARGIN)
+    image, moved = np.ascontiguousarray(crop_face(picture, box, CROP_SIZE)), landmarks_in_crop(points, box, CROP_SIZE)
+    rows = np.arange(CROP_SIZE, dtype=np.float32)
+    source = np.where(rows < moved[66, 1], rows, np.maximum(moved[66, 1], rows - drop))
+    columns, rows = np.meshgrid(np.arange(CROP_SIZE, dtype=np.float32), source.astype(np.float32))
+    moved[[*range(5, 12), *range(55, 60), 65, 66, 67], 1] += drop
+    return cv2.remap(image, columns, rows, cv2.INTER_LINEAR), moved
 
-# %% ../nbs/51_dataset.ipynb #731e8096
+def talking_film(folder, # written like a preprocessed folder
+                 picture:np.ndarray, points:np.ndarray, # portrait and its landmarks
+                 frames:int=100, seed:int=0 # of each clip
+                )->Path: # the folder
+    "Three made-up people whose mouths follow what their sound says, in the form of `50_preprocess`"
+    folder, rng, rows = Path(folder), np.random.default_rng(seed), []
+    voice = rng.standard_normal(384)
+    for name, split in (('portrait', 'train'), ('mirror', 'train'), ('dark', 'val')):
+        rhythm = np.clip(np.convolve(rng.standard_normal(frames + 4), [.2, .5, .7, .5, .2], 'valid'), 0, 1.5)*8
+        crops, landmarks = zip(*[talking_portrait(picture, points, drop) for drop in rhythm])
+        if name == 'mirror': crops, landmarks = [crop[:, ::-1] for crop in crops], [p[MIRROR]*np.float32([-1, 1]) + np.float32([CROP_SIZE, 0]) for p in landmarks]
+        if name == 'dark': crops = [(crop*.7).astype(np.uint8) for crop in crops]
+        save_clip(folder/f'{name}.npz', [encode_crop(crop) for crop in crops], np.stack(landmarks), np.tile(rigid_box(points, scale=CROP_MARGIN), (frames, 1)), voice=rhythm > 0)
+        features = voice + .02*rng.standard_normal((2*frames, 1, 384))
+        features[:, 0, :8] += np.repeat(rhythm, 2)[:, None]/3
+        save_sound(folder/f'{name}.speech.npz', rng.standard_normal(frames*640)*np.repeat(rhythm, 640)/80, features)
+        rows.append(dict(name=name, identity=name, frames=frames, split=split, face_px=100, start=0, sound=True, lag_ms=0))
+    write_json(folder/'clips.json', rows)
+    return folder
+
+# %% ../nbs/51_dataset.ipynb #fd5fab44
 class FaceLessons:
     "Draws lessons from preprocessed clips; calling it with a random generator gives one"
     def __init__(self,
                  clips:FaceClips, # whose frames
                  frames:int=1, # T, consecutive frames of one lesson
-                 left:int=2, right:int=2, # of `speech_windows`
+                 left:int=2, right:int=2, # of `windows_at`
                  method:str=SAMPLING[0], near:float=.2, other:float=.6, apart:int=5, # of `reference_candidates`
                  strength:float=1., margin:tuple=(0, 0), # of `random_view`
                  shared_margin:bool=True, # False: the references have a geometry of their own
@@ -258,7 +281,7 @@ class FaceLessons:
             self._allowed[index] = np.packbits(reference_candidates(points[:, POSE_POINTS], mouth, **self.sampling), axis=1)
         return np.unpackbits(self._allowed[index], axis=1, count=len(self.clips[index])).astype(bool)
 
-# %% ../nbs/51_dataset.ipynb #87e79de5
+# %% ../nbs/51_dataset.ipynb #8f667710
 def _lesson(self, rng):
     "One lesson: arrays by name, first axis T"
     index = int(rng.choice(len(self.clips), p=self.weights))
@@ -268,8 +291,8 @@ def _lesson(self, rng):
     view = random_view(rng, *self.view)
     other = view if self.shared else other_geometry(view, rng, *self.view)
     lesson = dict(zip(('image', 'landmarks'), _seen(clip, targets, view))) | dict(zip(('reference', 'reference_landmarks'), _seen(clip, references, other)))
-    if self.shapes is not None: lesson['shape'] = _turned(self.shapes[index][targets], view['flip'])
-    if self.sound: lesson['windows'] = speech_windows(clip.features, clip.sound_start(targets), *self.window)
+    if self.shapes is not None: lesson['shape'] = turned_shape(self.shapes[index][targets], view['flip'])
+    if self.sound: lesson['windows'] = windows_at(clip.features, clip.sound_start(targets), *self.window).float().numpy()
     lesson['voice'] = np.ones(self.frames, bool) if clip.voice is None else clip.voice[targets]
     return lesson | dict(clip=index, frame=targets[0])
 FaceLessons.__call__ = _lesson
@@ -278,4 +301,4 @@ def _seen(clip, frames, view):
     seen = [apply_view(clip.crop(i), view, clip.landmarks[i]) for i in frames]
     return np.stack([image for image, _ in seen]), np.stack([points for _, points in seen])
 
-def _turned(shape, flip): return np.ascontiguousarray(shape[:, MOUTH_MIRROR]*np.float32([-1, 1])) if flip else shape
+def turned_shape(shape, flip): return np.ascontiguousarray(shape[:, MOUTH_MIRROR]*np.float32([-1, 1])) if flip else shape

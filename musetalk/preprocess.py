@@ -24,11 +24,11 @@ import cv2
 import numpy as np
 import torch
 
-from .audio import StreamingFeatures, WhisperEncoder
+from .audio import StreamingFeatures, WhisperEncoder, windows_at
 from .bundle import find_bundle, load_bundle
 from .core import ConfigError, MediaError, MuseTalkError, progress, read_json, temporary_output, write_json
 from .crop import CropRule, crop_face, face_scale, landmarks_in_crop
-from .dataset import CROP_MARGIN, CROP_SIZE, encode_crop, save_clip, save_sound, speech_windows
+from .dataset import CROP_MARGIN, CROP_SIZE, encode_crop, save_clip, save_sound
 from .face import FaceTracker
 from .media import VideoSource, audio_blocks
 from .mouth import lip_opening
@@ -190,7 +190,7 @@ class Listening:
     def opening(self, features, seconds): # [A,L,D], [N] -> [N] predicted lip opening, NaN outside the sound
         "How far the lips should be open at each moment"
         adapter, bundle = self.bundle.adapter, self.bundle
-        windows = torch.from_numpy(speech_windows(np.asarray(features)[:, self.places], seconds, bundle.left, bundle.right))
+        windows = windows_at(features[:, self.places], seconds, bundle.left, bundle.right)
         with torch.inference_mode(): heard = adapter.opening(adapter.listen(windows)).numpy()
         heard[(seconds < 0) | (seconds >= len(features)/50)] = np.nan
         return heard
