@@ -7,7 +7,7 @@ __all__ = ['VGG19_LAYERS', 'VGG19_TAPS', 'JUDGED', 'NEEDS', 'TERMS', 'l1_loss', 
            'picture_loss', 'perceptual_differences', 'perceptual_loss', 'VGG19Features', 'load_vgg19',
            'reference_mouth_rectangle', 'mouth_rectangles', 'rectangle_mask', 'mask_rectangles', 'mouth_crops',
            'mouth_patches', 'mouth_weight_map', 'lip_loss', 'silence_loss', 'LossWeights', 'weights_from_config',
-           'Adversary', 'Losses', 'pull_on_picture']
+           'Discriminators', 'Losses', 'pull_on_picture']
 
 # %% ../nbs/40_losses.ipynb #ceae156c
 import pickle
@@ -234,7 +234,7 @@ NEEDS = dict(l1=('predicted', 'target'), gradient=('predicted', 'target'), perce
              silence=('coefficients', 'speech')) # what each term is computed from
 TERMS = tuple(NEEDS)
 
-# %% ../nbs/40_losses.ipynb #642ce75c
+# %% ../nbs/40_losses.ipynb #42c21dfd
 @dataclass(frozen=True)
 class LossWeights:
     "How much each term counts; 0 switches it off"
@@ -260,9 +260,13 @@ class LossWeights:
     def active(self, step): # -> names of the terms that count at this step
         return [name for name in TERMS if getattr(self, name) > 0 and step >= self.start.get(name, 0)]
 
+    def first_lesson(self, *views): # 'face', 'mouth' -> first step at which one of their discriminators is trained, or None
+        starts = [self.start.get(name, 0) for view in views for name in JUDGED[view] if getattr(self, name) > 0]
+        return max(0, min(starts) - self.warm_up) if starts else None
+
     def learns(self, view, step): # 'face' or 'mouth' -> whether its discriminator is trained at this step
-        starts = [self.start.get(name, 0) for name in JUDGED[view] if getattr(self, name) > 0]
-        return bool(starts) and step >= min(starts) - self.warm_up
+        first = self.first_lesson(view)
+        return first is not None and step >= first
 
 # %% ../nbs/40_losses.ipynb #7edb6d76
 def weights_from_config(params:dict, # `loss_params` of a reference training file
@@ -276,8 +280,8 @@ def weights_from_config(params:dict, # `loss_params` of a reference training fil
     return LossWeights(l1=params.get('l1_loss', 1.), perceptual=params.get('vgg_loss', 0), adversarial=gan, feature_matching=float(gan > 0), mouth_adversarial=mouth,
                        mouth_feature_matching=float(mouth > 0), sync=params.get('sync_loss', 0), start=start, block_weights=tuple(params['fm_loss']) if params.get('fm_loss') else None)
 
-# %% ../nbs/40_losses.ipynb #2e7c7e8f
-class Adversary(nn.Module):
+# %% ../nbs/40_losses.ipynb #dfb06379
+class Discriminators(nn.Module):
     "The discriminators of a training; called, it returns what they learn from"
     def __init__(self, **networks): # face=..., mouth=...
         super().__init__()
@@ -286,7 +290,9 @@ class Adversary(nn.Module):
     def forward(self, judged): # `face_real`, `face_fake`, `mouth_real`, `mouth_fake` [B,3,H,W] -> scalar, numbers
         total, numbers = 0, {}
         for view, network in self.networks.items():
-            if f'{view}_real' not in judged: continue
+            if f'{view}_real' not in judged: # not yet its turn; nothing to learn, but processes wait for every weight
+                total = total + 0*sum(parameter.sum() for parameter in network.parameters())
+                continue
             fake = network(judged[f'{view}_fake'].detach())
             real = network(judged[f'{view}_real'])
             loss = discriminator_loss(real, fake)
@@ -295,28 +301,28 @@ class Adversary(nn.Module):
             numbers |= {f'{view}_discriminator': loss.detach(), f'{view}_score_real': score(real), f'{view}_score_fake': score(fake)}
         return total, numbers
 
-# %% ../nbs/40_losses.ipynb #6ad705ed
+# %% ../nbs/40_losses.ipynb #89130252
 class Losses:
     "The weighted sum of all active terms"
     def __init__(self,
                  weights:LossWeights, # how much each term counts
                  perceptual=None, # function (predicted, target) -> scalar
-                 adversary:Adversary=None, # with `face` and `mouth` as far as they are judged
+                 discriminators:Discriminators=None, # with `face` and `mouth` as far as they are judged
                  sync=None, # function (predicted, sound) -> scalar
                  mouth_size=(64, 112), # (height, width): fixed patches; one number: enlarged crops; None: pictures are mouths already
                  motion:float=1. # of `silence_loss`; 0 if the samples are not consecutive frames
                 ):
-        self.weights, self.perceptual, self.adversary, self.sync, self.mouth_size, self.motion = weights, perceptual, adversary, sync, mouth_size, motion
-        networks = adversary.networks if adversary else {}
+        self.weights, self.perceptual, self.discriminators, self.sync, self.mouth_size, self.motion = weights, perceptual, discriminators, sync, mouth_size, motion
+        networks = discriminators.networks if discriminators else {}
         given = dict(perceptual=perceptual, sync=sync) | {name: networks[view] if view in networks else None for view, names in JUDGED.items() for name in names}
         if lacking := [name for name in TERMS if getattr(weights, name) > 0 and name in given and given[name] is None]:
-            raise ConfigError(f"The loss term '{lacking[0]}' has a weight but nothing to compute it with; give {'an Adversary' if 'adv' in lacking[0] or 'match' in lacking[0] else lacking[0]}, or set it to 0.")
+            raise ConfigError(f"The loss term '{lacking[0]}' has a weight but nothing to compute it with; give {'Discriminators' if 'adv' in lacking[0] or 'match' in lacking[0] else lacking[0]}, or set it to 0.")
 
     def view(self, name, images, rectangles): # what the 'face' or the 'mouth' discriminator sees
         if name == 'face' or self.mouth_size is None: return images
         return mouth_crops(images, rectangles, self.mouth_size) if isinstance(self.mouth_size, int) else mouth_patches(images, rectangles, *self.mouth_size)
 
-# %% ../nbs/40_losses.ipynb #3a2b3c07
+# %% ../nbs/40_losses.ipynb #934ef6d8
 @patch
 def measure(self:Losses,
             step:int, # optimiser step
@@ -324,7 +330,7 @@ def measure(self:Losses,
             rectangles=None, # [B,4] mouths in `target`
             coefficients=None, speech=None, # [B,C] or [B,T,C]; [B] or [B,T], 1 where there is speech
             sound=None # handed on to `sync`
-           )->tuple: # term -> unweighted scalar; pictures for the `Adversary`
+           )->tuple: # term -> unweighted scalar; pictures for the `Discriminators`
     "All active terms, each by itself. Raises `ConfigError` if a term lacks what it is computed from"
     names, given = self.weights.active(step), dict(predicted=predicted, target=target, rectangles=rectangles, coefficients=coefficients, speech=speech, sound=sound)
     for name in names:
@@ -341,12 +347,12 @@ def measure(self:Losses,
         if adversarial in names or matching in names: found |= self.hear(view, fake, real, names)
     return found, judged
 
-# %% ../nbs/40_losses.ipynb #a5bfe6aa
+# %% ../nbs/40_losses.ipynb #f060b052
 @patch
 def hear(self:Losses, view, fake, real, names):
     "What the discriminator of a view tells the painter"
     adversarial, matching = JUDGED[view]
-    with frozen(self.adversary.networks[view]) as network:
+    with frozen(self.discriminators.networks[view]) as network:
         painted, found = network(fake), {}
         if adversarial in names: found[adversarial] = adversarial_loss(painted)
         if matching in names:
@@ -355,8 +361,8 @@ def hear(self:Losses, view, fake, real, names):
     return found
 
 @patch
-def __call__(self:Losses, step, **given): # as `measure` -> weighted scalar, term -> detached number, pictures for the `Adversary`
-    "The sum to descend, the numbers to log, and what the adversary learns from"
+def __call__(self:Losses, step, **given): # as `measure` -> weighted scalar, term -> detached number, pictures for the `Discriminators`
+    "The sum to descend, the numbers to log, and what the discriminators learn from"
     found, judged = self.measure(step, **given)
     if not found: raise ConfigError(f'No loss term is active at step {step}; give one of them a weight and start 0.')
     return sum(getattr(self.weights, name)*value for name, value in found.items()), {name: value.detach() for name, value in found.items()}, judged

@@ -9,7 +9,7 @@ import torch
 from musetalk.core import BundleError, ConfigError
 from musetalk.discriminator import (MultiScaleDiscriminator, adversarial_loss, discriminator_from_config, discriminator_loss, downsample,
                                     feature_matching_loss, gaussian_kernel)
-from musetalk.losses import (TERMS, Adversary, Losses, LossWeights, VGG19Features, load_vgg19, mask_rectangles, mouth_crops, mouth_rectangles, perceptual_differences,
+from musetalk.losses import (TERMS, Discriminators, Losses, LossWeights, VGG19Features, load_vgg19, mask_rectangles, mouth_crops, mouth_rectangles, perceptual_differences,
                              perceptual_loss, pull_on_picture, rectangle_mask, reference_mouth_rectangle, silence_loss)
 
 GOLDEN = Path(__file__).resolve().parent/'golden'
@@ -204,7 +204,7 @@ def test_two_halves_of_a_batch_have_the_gradient_of_the_whole():
     "Every term is a mean over samples, whatever else is in the batch"
     torch.manual_seed(0)
     everything = {name: 1. for name in TERMS if name not in ('sync', 'silence')}
-    losses = Losses(LossWeights(**everything, lower=2.), lambda p, t: perceptual_loss(lambda x: [x.diff(dim=-1)**2], p, t), Adversary(face=tiny(), mouth=tiny()), mouth_size=(32, 40))
+    losses = Losses(LossWeights(**everything, lower=2.), lambda p, t: perceptual_loss(lambda x: [x.diff(dim=-1)**2], p, t), Discriminators(face=tiny(), mouth=tiny()), mouth_size=(32, 40))
     predicted, target = torch.rand(4, 3, 64, 64, requires_grad=True), torch.rand(4, 3, 64, 64)
     rectangles = torch.tensor([[10, 30, 40, 50], [12, 20, 30, 28], [0, 0, 64, 64], [50, 50, 64, 64]])
     def gradient(rows):
@@ -220,16 +220,16 @@ def test_painter_and_judge_see_the_same_pictures():
     seen = []
     class Witness(torch.nn.Module):
         def forward(self, images): seen.append(images); return [(images.mean((1, 2, 3)), [images])]
-    losses = Losses(LossWeights(mouth_adversarial=1.), adversary=Adversary(mouth=Witness()), mouth_size=48)
+    losses = Losses(LossWeights(mouth_adversarial=1.), discriminators=Discriminators(mouth=Witness()), mouth_size=48)
     predicted, target = torch.rand(1, 3, 64, 64, requires_grad=True), torch.rand(1, 3, 64, 64)
     _, _, judged = losses(0, predicted=predicted, target=target, rectangles=torch.tensor([[10, 30, 40, 50]]))
-    losses.adversary(judged)
+    losses.discriminators(judged)
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[2], judged['mouth_real'])
     assert seen[0].requires_grad and not seen[1].requires_grad and seen[0].shape[-1] == 48
 
 
 def test_judge_warms_up_before_it_is_heard():
-    losses = Losses(LossWeights(adversarial=.1, start=dict(adversarial=30), warm_up=10), adversary=Adversary(face=tiny()))
+    losses = Losses(LossWeights(adversarial=.1, start=dict(adversarial=30), warm_up=10), discriminators=Discriminators(face=tiny()))
     pictures = dict(predicted=torch.rand(1, 3, 32, 32), target=torch.rand(1, 3, 32, 32))
     steps = {step: losses(step, **pictures) for step in (19, 20, 29, 30)}
     assert [bool(judged) for _, _, judged in steps.values()] == [False, True, True, True]
@@ -238,12 +238,12 @@ def test_judge_warms_up_before_it_is_heard():
 
 def test_training_a_judge_lowers_its_loss_and_leaves_the_painter_alone():
     torch.manual_seed(0)
-    adversary = Adversary(face=MultiScaleDiscriminator((8, 16)))
-    optimizer = torch.optim.Adam(adversary.parameters(), 1e-3)
+    discriminators = Discriminators(face=MultiScaleDiscriminator((8, 16)))
+    optimizer = torch.optim.Adam(discriminators.parameters(), 1e-3)
     real, fake = torch.rand(4, 3, 32, 32), torch.rand(4, 3, 32, 32).mean(1, keepdim=True).expand(-1, 3, -1, -1).clone().requires_grad_()
     history = []
     for _ in range(40):
-        loss, numbers = adversary(dict(face_real=real, face_fake=fake))
+        loss, numbers = discriminators(dict(face_real=real, face_fake=fake))
         optimizer.zero_grad(); loss.backward(); optimizer.step()
         history.append(numbers['face_discriminator'].item())
     assert history[-1] < .5*history[0] and fake.grad is None
@@ -261,15 +261,15 @@ def test_half_precision_pictures():
 def test_judge_under_autocast():
     "The power iteration keeps its precision, and both sides get gradients"
     torch.manual_seed(0)
-    adversary = Adversary(face=tiny())
-    losses = Losses(LossWeights(adversarial=1., feature_matching=1.), adversary=adversary)
+    discriminators = Discriminators(face=tiny())
+    losses = Losses(LossWeights(adversarial=1., feature_matching=1.), discriminators=discriminators)
     predicted = torch.rand(1, 3, 48, 48, requires_grad=True)
     with torch.autocast('cpu', torch.bfloat16):
         total, numbers, judged = losses(0, predicted=predicted, target=torch.rand(1, 3, 48, 48))
-        loss, _ = adversary(judged)
+        loss, _ = discriminators(judged)
     (total + loss).backward()
-    assert predicted.grad.abs().sum() > 0 and all(p.grad is not None for p in adversary.parameters() if p.requires_grad)
-    for name, value in adversary.state_dict().items():
+    assert predicted.grad.abs().sum() > 0 and all(p.grad is not None for p in discriminators.parameters() if p.requires_grad)
+    for name, value in discriminators.state_dict().items():
         if name.endswith(('_u', '_v')): assert value.dtype == torch.float32 and abs(float(value.norm()) - 1) < 1e-5
 
 
