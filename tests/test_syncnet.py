@@ -175,3 +175,80 @@ def test_bad_input_is_answered_in_a_sentence(tiny):
     with pytest.raises(ConfigError, match='speech encoder'):
         sync_scores(SyncNet(**TINY | dict(sound='features', sound_size=(1, 10), audio_encoder=dict(
             in_channels=384, block_out_channels=[32, 32, 64], downsample_factors=[[1, 2], [1, 2], [1, 2]]))), faces, sound)
+
+
+TOY = dict(audio_encoder=dict(in_channels=1, block_out_channels=[32, 32, 128], downsample_factors=[[5, 2], [4, 2], [4, 4]]),
+           visual_encoder=dict(in_channels=5, block_out_channels=[32, 32, 128], downsample_factors=[2, 2, [4, 6]]),
+           frames=5, region=(156, 220, 80, 176), size=(16, 24), colours=1, standardize=True, sound_size=(80, 16), head='logistic')
+
+
+@pytest.fixture(scope='module')
+def collection(tmp_path_factory):
+    "A preprocessed folder of four synthetic speakers whose mouths follow the loudness; the file of one has half a second before its clip"
+    import cv2
+    from musetalk.core import write_json
+    from musetalk.dataset import encode_crop, save_clip, save_sound
+    folder, rows = tmp_path_factory.mktemp('data'), []
+    for number in range(4):
+        rng = np.random.default_rng(number)
+        start, time = 12 if number == 1 else 0, np.arange(16000*4)/16000
+        loud = np.interp(time, np.arange(0, 4.2, .12), rng.uniform(0, 1, 35)**2)
+        crops = []
+        for frame in range(75):
+            crop = np.full((288, 288, 3), 150 + 10*number, np.uint8)
+            cv2.ellipse(crop, (144, 200), (30, 4 + int(20*np.interp((frame + start)/25 + .02, time, loud))), 0, 0, 360, (60, 30, 30), -1)
+            crops.append(encode_crop(crop))
+        save_clip(folder/f'c{number}.npz', crops, np.zeros((75, 68, 2)), np.zeros((75, 4)), voice=np.arange(75) > 10)
+        save_sound(folder/f'c{number}.speech.npz', .3*loud*rng.normal(size=len(time)).clip(-2, 2), np.zeros((200, 1, 384)))
+        rows.append(dict(name=f'c{number}', identity=f'p{number}', split='val' if number == 3 else 'train', frames=75, start=start, sound=True, lag_ms=0))
+    rows.append(dict(name='mute', identity='p9', split='train', frames=75, start=0, sound=False))
+    write_json(folder/'clips.json', rows)
+    return folder
+
+
+def test_lessons_of_a_preprocessed_clip_are_what_the_network_will_see(collection):
+    from musetalk.dataset import FaceClips, apply_view, random_view
+    from musetalk.syncnet import look
+    from musetalk.train_syncnet import read_sync_clips, window_view
+    from musetalk.vae import to_network
+    model = SyncNet(**TOY)
+    clips = read_sync_clips(collection, 'train', model)
+    assert [clip.name for clip in clips] == ['c0', 'c1', 'c2'] and clips[1].shift == .48
+    assert clips[0].places(model).min() > 6 and clips[1].places(model).max() == 70
+    stored = FaceClips(collection, 'train', lambda row: row['sound'])[1]
+    crops = np.stack([apply_view(stored.crop(i), random_view(np.random.default_rng(0), 0))[0] for i in range(20, 25)])
+    assert (window_view(model, clips[1].regions[20:25]) - look(model, to_network(crops))).abs().max() < .02
+    assert torch.equal(hear_windows(model, clips[1].track, [20], clips[1].shift), hear_windows(model, sync_mel(stored.samples), [32]))
+
+
+def test_training_resumes_exactly_and_learns_a_few_clips(collection, tmp_path):
+    from musetalk.train_syncnet import diagnose, train_syncnet
+    settings = dict(config=dict(model=TOY), steps=45, batch=2, windows=6, rate=3e-3, strength=.2, log_every=5, validate_every=15)
+    whole, scores = train_syncnet(collection, tmp_path/'whole', **settings)
+    train_syncnet(collection, tmp_path/'parts', stop_at=7, **settings)
+    parts, _ = train_syncnet(collection, tmp_path/'parts', **settings)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters()))
+    rows = [json.loads(line) for line in (tmp_path/'whole'/'log.jsonl').read_text().splitlines()]
+    steps = [row for row in rows if 'hits' in row]
+    assert steps[-1]['loss'] < .85*steps[0]['loss'] and steps[-1]['hits'] > .4    # chance is one in six
+    assert set(scores) >= {'pairs', 'retrieval', 'offsets'} and diagnose(rows).startswith('Learning')
+    assert torch.equal(load_syncnet(tmp_path/'whole'/'syncnet').logit, whole.logit)
+
+
+def test_training_refuses_what_it_cannot_use(collection, tmp_path):
+    from musetalk.train_syncnet import read_sync_clip, train_syncnet
+    with pytest.raises(ConfigError, match="Unknown setting 'learning_rate'"): train_syncnet(collection, tmp_path, dict(model=TOY), learning_rate=1)
+    with pytest.raises(MediaError, match='No clip has 40 spoken windows'): train_syncnet(collection, tmp_path, dict(model=TOY), windows=40)
+    with pytest.raises(MediaError, match='mute has no sound'):
+        from types import SimpleNamespace
+        read_sync_clip(SimpleNamespace(name='mute', row=dict(sound=False)), SyncNet(**TOY))
+    with pytest.raises(ConfigError, match='holds no clip'): train_syncnet(collection, tmp_path, dict(model=TOY), keep=lambda row: False)
+
+
+def test_the_mini_configuration_is_small():
+    import yaml
+    config = yaml.safe_load((ROOT/'configs'/'mini'/'syncnet.yaml').read_text())
+    model = SyncNet(**config['model'])
+    assert sum(p.numel() for p in model.parameters())*2 < 6e6, 'below 6 MB in fp16'
+    from musetalk.train_syncnet import TRAINING
+    assert set(config['train']) <= set(TRAINING)
