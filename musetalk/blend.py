@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIELD', 'seam_weight', 'fit_field', 'still_rows', 'color_field', 'add_field', 'match_color', 'detail_scale',
-           'missing_detail', 'sharpened', 'add_grain', 'composite']
+           'missing_detail', 'sharpened', 'add_grain', 'moved_source', 'composite']
 
 # %% ../nbs/14_blend.ipynb #d22bc5db
 import cv2
@@ -157,6 +157,25 @@ def add_grain(
     noise = np.random.default_rng(seed).standard_normal(mask.shape, np.float32)[..., None]
     return (picture + share*missing*noise + .5).clip(0, 255).astype(np.uint8)
 
+# %% ../nbs/14_blend.ipynb #6b214e6e
+def moved_source(
+    picture:np.ndarray, # [h,w,3] uint8, generated
+    source:np.ndarray, # [h,w,3] uint8, the same place of the source
+    plan:np.ndarray, # float32 [h,w,3]: share of the source, movement (x, y) in pixels
+    share:float=1., # how much of the source is kept at all
+) -> np.ndarray: # [h,w,3] uint8
+    "The source's own pixels, moved, and the generated ones where the plan has none"
+    rows, columns = np.indices(plan.shape[:2], np.float32)
+    moved = cv2.remap(source, columns + plan[..., 1], rows + plan[..., 2], cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+    kept = share*np.ascontiguousarray(plan[..., 0])
+    return cv2.blendLinear(moved, picture, kept, 1 - kept)
+
+def _stretched_plan(plan, width, height, inner, part, shape): # the plan over a part of the visible box, movement in pixels
+    scale = np.array([width, height])/plan.shape[:2]
+    corner = [inner[1].start + part[1].start, inner[0].start + part[0].start]
+    matrix = np.array([[1/scale[0], 0, (corner[0] + .5)/scale[0] - .5], [0, 1/scale[1], (corner[1] + .5)/scale[1] - .5]])
+    return cv2.warpAffine(plan, matrix, shape[::-1], flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE)*np.float32([1, width, height])
+
 # %% ../nbs/14_blend.ipynb #c3864cbc
 def _visible(box, shape): # the part of the box inside the frame, in the frame's and in the box's pixels
     x1, y1, x2, y2 = box
@@ -186,6 +205,8 @@ def composite(
     sharpen:float=.8, # Most sharpening; 0 is off
     grain:float=0., # Share of the missing grain to add
     seed:int=0, # For the grain; another number for each frame
+    plan:np.ndarray|None=None, # [n,n,3] of `22_move`: move the source's own pixels
+    keep:float=1., # How much of them is kept
     out:np.ndarray|None=None, # Written to if given; may be `frame`
 ) -> np.ndarray: # [H,W,3] uint8: `out`, or a new array
     "Put the generated crop into its frame where the mask is not zero. Raises `ValueError`, `TypeError` for bad arrays"
@@ -209,6 +230,7 @@ def composite(
         seen = generated if stretched.shape[:2] == (y2 - y1, x2 - x1) else stretched
         picture = add_field(picture, color_field(seen, source, _as_float(mask)), source.shape[:2], part)
     if sharpen > 0: picture = sharpened(picture, min(sharpen, missing_detail(picture, below, alpha, sigma)), sigma)
+    if plan is not None and keep > 0: picture = moved_source(picture, np.ascontiguousarray(below), _stretched_plan(plan, x2 - x1, y2 - y1, inner, part, below.shape[:2]), keep)
     if grain > 0: picture = add_grain(picture, below, alpha, grain, seed)
     out[outer][part] = _mix(below, picture, alpha)
     return out

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from .audio import SpeechWindows, WhisperEncoder, frame_windows, positional_encoding, tokens
 from .core import BundleError, choose_device, choose_dtype, find_models, read_json, sha256_file, write_json
 from .crop import CropRule
-from .mouth import MouthAdapter, speaking_geometry
+from .mouth import MouthAdapter, speaking_geometry, speaking_points
 from .unet import LatentPainter, load_painter
 from .vae import FaceVAE, load_vae, mask_lower_half, to_images, to_network
 
@@ -75,13 +75,14 @@ def stream(self,
 def hear(self,
          windows, # [N,W,L,D]
          mouths:list=None # `SourceMouth` of each frame, for a painter that is shown drawn lips
-        )->tuple: # tokens [N,S,D'], drawn lips [N,64,16,32] or None
+        )->tuple: # tokens [N,S,D'], drawn lips [N,64,16,32] or None, old and new places [N,23,2] of lips and chin or None
     "All that the speech tells the painter"
-    if self.adapter is None or not self.painter.config.geometry: return self.audio_tokens(windows), None
+    if self.adapter is None or not self.painter.config.geometry: return self.audio_tokens(windows), None, None
     with torch.inference_mode():
         coefficients = self.adapter.listen(torch.as_tensor(windows).to(self.device, self.dtype))
         displacements = self.adapter.displacements(coefficients).float().cpu().numpy()
-        return self.adapter.tokens(coefficients), speaking_geometry(mouths, displacements).to(self.device, self.dtype)
+        places = speaking_points(mouths, displacements)
+        return self.adapter.tokens(coefficients), speaking_geometry(*places).to(self.device, self.dtype), places
 Bundle.audio_tokens, Bundle.windows, Bundle.stream, Bundle.hear = audio_tokens, windows, stream, hear
 
 # %% ../nbs/32_bundle.ipynb #04a606bf

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'OVERVIEW', 'VIDEO', 'AUDIO', 'TEXT', 'BUNDLE', 'DEVICE', 'JSON', 'LOOK', 'FLOW', 'MAKING', 'SETTINGS',
            'Command', 'option', 'command', 'build_parser', 'main', 'given_settings', 'speak', 'run_dub', 'run_preview',
-           'run_info', 'run_demo', 'run_bench', 'command_line']
+           'run_info', 'run_demo', 'run_bench', 'command_line', 'run_preprocess', 'run_train', 'run_evaluate']
 
 # %% ../nbs/72_cli.ipynb #c1a53ef7
 import argparse
@@ -136,6 +136,7 @@ LOOK = ('how it should look', (
     _look('upper_boundary_ratio', float, 'upper line of the mask as a fraction of the box (default: 0.5)'),
     _look('feather', float, "softness of the mask's edge, fraction of the box, 0 to 0.25 (default: 0.05)"),
     _look('sharpen', float, 'most sharpening of the new part, 0 is off (default: 0.8)'),
+    _look('keep', float, "share of the footage's own skin and lips that is kept and moved, 0 to 1 (default: 1)"),
     _look('grain', float, "share of the footage's grain to add, 0 to 1 (default: 0)"),
     option('--no-match', dest='match', action='store_false', default=argparse.SUPPRESS, help='do not match colours around the mask')))
 FLOW = ('which frames', (
@@ -293,6 +294,47 @@ def command_line(
     "A command for a record, without the folders of one machine"
     kept = [word for before, word in zip(['', *words], words) if without not in (before, word)]
     return shlex.join(['musetalk', *(Path(word).name if '/' in word else word for word in kept)])
+
+# %% ../nbs/72_cli.ipynb #ca5b7aa1
+@command('preprocess', 'turn a folder of talking videos into lessons for training',
+         option('--source', required=True, metavar='DIR', help='folder of videos, searched deeply'), option('--out', required=True, metavar='DIR', help='folder to write, or to go on with'),
+         option('--labels', metavar='FILE', help='JSON rows: file, identity, dev, use, sound ... (default: folder names are people)'),
+         option('--val', nargs='*', default=[], metavar='NAME', help='people that are held out'),
+         option('--layers', type=int, nargs='*', metavar='N', help='hidden states of the speech encoder to store (default: as the bundle)'),
+         option('--clip-len-second', type=float, default=30, metavar='S', help='longest clip (default: 30)'),
+         option('--least-face', type=float, default=64, metavar='PX', help='narrowest face, pixels (default: 64)'),
+         option('--workers', type=int, metavar='N', help='processes (default: one per processor)'),
+         ('model', (BUNDLE,)), JSON, examples=('preprocess --source videos --out runs/data --val anna',))
+def run_preprocess(args):
+    "musetalk preprocess"
+    from musetalk.preprocess import Limits, preprocess
+    counts = preprocess(args.source, args.out, args.bundle, args.labels, args.val, limits=Limits(clip_len_second=args.clip_len_second, least_face=args.least_face),
+                        layers=args.layers, workers=args.workers, show_progress=_bar(args))
+    if args.json: print(_as_json(counts))
+    else: print(f"{args.out}: {counts['clips']} clips of {counts['people']} people, {counts['minutes']:.1f} minutes, {counts['with_sound']} with usable sound; {counts['rejected']} refusals, see rejected.json")
+
+@command('train', 'train a part of a model, or go on with it', option('what', choices=('vae', 'audio', 'syncnet', 'stage1', 'stage2'), help='which training'),
+         option('--config', required=True, metavar='FILE', help='YAML file, such as configs/mini/stage1.yaml'),
+         option('--data', required=True, metavar='DIR', help='folder that `musetalk preprocess` wrote'),
+         option('--out', metavar='DIR', help='folder of the run (default: as the configuration says)'), JSON, examples=('train stage1 --config configs/mini/stage1.yaml --data runs/data',))
+def run_train(args):
+    "musetalk train"
+    from musetalk.recipes import train
+    scores = train(args.what, args.config, args.data, args.out, _bar(args))
+    print(_as_json(scores) if args.json else ', '.join(f'{name} {value:.4g}' for name, value in scores.items()))
+
+@command('evaluate', 'measure how well a model dubs people it has not met', option('--source', required=True, metavar='PATH', help='folder of talking videos, or a JSON manifest'),
+         option('--keep', metavar='DIR', help='keep dubs and tracks there for the next time'), option('--syncnet', metavar='PATH', help='a trained SyncNet: adds sync confidence and distance'),
+         option('--save', metavar='FILE', help='JSON report; a table (.md) and a plot (.png) come beside it'), ('model', (BUNDLE, DEVICE)), JSON,
+         examples=('evaluate --source videos --save report.json',))
+def run_evaluate(args):
+    "musetalk evaluate"
+    from dataclasses import asdict
+    from musetalk.evaluate import evaluate
+    result = evaluate(args.source, args.bundle, args.save, args.keep, syncnet=args.syncnet, device=args.device)
+    if args.json: print(_as_json(asdict(result)))
+    else:
+        for title, value, wanted, reached in result.targets(): print(f"{title:30} {'-' if value is None else format(value, '.3f'):>8}   {wanted:14} {'reached' if reached else 'MISSED'}")
 
 # %% ../nbs/72_cli.ipynb #c5559585
 #| eval: false

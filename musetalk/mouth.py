@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOUTH_POINTS', 'UPPER_LIP', 'MOUTH_MIRROR', 'GEOMETRY_CHANNELS', 'face_points', 'mouth_points', 'lip_opening',
            'rest_shape', 'mouth_basis', 'Listener', 'MouthAdapter', 'draw_lips', 'mouth_geometry', 'moved_lips',
-           'closed', 'mouth_at_rest', 'SourceMouth', 'source_mouth', 'speaking_geometry']
+           'closed', 'mouth_at_rest', 'SourceMouth', 'source_mouth', 'speaking_points', 'speaking_geometry']
 
 # %% ../nbs/21_mouth.ipynb #4fc473a3
 from dataclasses import dataclass
@@ -189,9 +189,15 @@ def source_mouth(landmarks:np.ndarray, # [68,2] pixels of the frame
     scale = face_scale(landmarks)*size/np.array([box[2] - box[0], box[3] - box[1]])
     return SourceMouth(landmarks_in_crop(landmarks, box, size), points, closed(points) if rest is None else rest, tuple(scale))
 
-def speaking_geometry(mouths:list, # `SourceMouth` of each frame
-                      displacements:np.ndarray # [N,23,2] from rest, mean-face units
+def speaking_points(mouths:list, # `SourceMouth` of each frame
+                    displacements:np.ndarray # [N,23,2] from rest, mean-face units
+                   )->tuple: # old and new places of lips and chin, [N,23,2] each, pixels of the crop
+    "Where the mouth is in the frames, and where the speech wants it"
+    landmarks, points, rest, scale = (np.stack([getattr(mouth, name) for mouth in mouths]) for name in ('landmarks', 'points', 'rest', 'scale'))
+    old = landmarks[:, MOUTH_POINTS]
+    return old, (old + (rest + displacements - points)*scale[:, None]).astype(np.float32)
+
+def speaking_geometry(old:np.ndarray, new:np.ndarray # [N,23,2] from `speaking_points`
                      )->torch.Tensor: # [N,64,16,32]
     "Draw the lips that the speech asks for, and those that the frames have"
-    landmarks, points, rest, scale = (np.stack([getattr(mouth, name) for mouth in mouths]) for name in ('landmarks', 'points', 'rest', 'scale'))
-    return mouth_geometry(moved_lips(landmarks, rest + displacements - points, scale), landmarks[:, 48:68])
+    return mouth_geometry(*(np.ascontiguousarray(points[:, :20]) for points in (new, old)))

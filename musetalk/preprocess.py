@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['logger', 'STILL', 'LEAD', 'TAIL', 'MOST_OFFSET', 'SAMPLES', 'VIDEO_SUFFIXES', 'wide_box', 'Stretch', 'face_stretches',
-           'sharpness', 'yaw', 'measure', 'normalized', 'voice_activity', 'offset_curve', 'curve_peak', 'SoundReader',
-           'Listening', 'hear_stretch', 'Limits', 'fault', 'preprocess_video', 'identity_of', 'settle_offsets',
-           'find_videos', 'preprocess']
+           'sharpness', 'yaw', 'measure', 'voice_activity', 'offset_curve', 'curve_peak', 'SoundReader', 'Listening',
+           'hear_stretch', 'Limits', 'fault', 'preprocess_video', 'identity_of', 'settle_offsets', 'find_videos',
+           'preprocess']
 
 # %% ../nbs/50_preprocess.ipynb #8c81f082
 import json
@@ -24,7 +24,7 @@ import cv2
 import numpy as np
 import torch
 
-from .audio import StreamingFeatures, WhisperEncoder, windows_at
+from .audio import WhisperEncoder, normalized, windows_at
 from .bundle import find_bundle, load_bundle
 from .core import ConfigError, MediaError, MuseTalkError, progress, read_json, temporary_output, write_json
 from .crop import CropRule, crop_face, face_scale, landmarks_in_crop
@@ -103,17 +103,6 @@ def measure(stretch:Stretch # a face
                 sharpness=round(float(np.mean([sharpness(cv2.imdecode(jpeg, cv2.IMREAD_COLOR)[..., ::-1]) for jpeg in chosen])), 4))
 
 # %% ../nbs/50_preprocess.ipynb #9c7c90ab
-def normalized(samples:np.ndarray, # [n] mono
-               target:float=.05, # loudness of the speech, root mean square
-               most:float=10. # largest gain
-              )->np.ndarray: # [n] in [-1,1]
-    "Bring a recording to a common loudness, judged by its louder half, without clipping its peaks"
-    if not len(samples): return samples
-    power = np.array([float((piece**2).mean()) for piece in np.array_split(samples, max(1, len(samples)//1600))])
-    loud = np.sqrt(np.sort(power)[len(power)//2:].mean())
-    gain = min(target/max(loud, 1e-6), most, .99/max(float(np.abs(samples).max()), 1e-6))
-    return (samples*gain).astype(np.float32) if loud > 1e-5 else samples
-
 @cache
 def _voice_detector():
     from silero_vad import load_silero_vad
@@ -205,10 +194,9 @@ def hear_stretch(stretch:Stretch, # a face
     first = (stretch.first - start)*SAMPLES
     samples = sound(first, (stretch.first + len(stretch) + TAIL)*SAMPLES)
     if len(samples) < (start + len(stretch)//2)*SAMPLES or np.abs(samples).max() < 1e-4: return None
-    loud, stream = normalized(samples), StreamingFeatures(listening.encoder)
-    features = torch.cat([stream.push(loud), stream.finish()])
+    features = listening.encoder.features(samples)
     frames = (start + np.arange(-MOST_OFFSET, len(stretch) + MOST_OFFSET))/25
-    voice = voice_activity(loud, frames[MOST_OFFSET:-MOST_OFFSET])
+    voice = voice_activity(normalized(samples), frames[MOST_OFFSET:-MOST_OFFSET])
     row = dict(start=start, speech=round(float(voice.mean()), 3))
     if listening.bundle.adapter is not None:
         curve = offset_curve(lip_opening(np.stack(stretch.landmarks)), listening.opening(features, frames), MOST_OFFSET)

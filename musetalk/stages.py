@@ -31,6 +31,7 @@ from .face import FaceRecord, FaceTracker
 from .mask import jaw_mask
 from .media import VideoSource, looped
 from .mouth import SourceMouth, mouth_at_rest, source_mouth
+from .move import movement_plan
 
 # %% ../nbs/59_stages.ipynb #f99e9e09
 @dataclass
@@ -44,6 +45,7 @@ class DubSettings:
     feather:float=.05 # Softness of its edge, fraction of the box's width
     match:bool=True # Match colours around the mask
     sharpen:float=.8 # Most sharpening of the generated part, 0 is off
+    keep:float=1. # Share of the source's own skin and lips that is kept, moved, 0 to 1
     grain:float=0. # Share of the source's grain that is added, 0 to 1
     loop:str='pingpong' # Footage too short: 'pingpong', 'repeat' or 'hold'
     face:str|int|tuple='largest' # 'largest', number from the left, or point (x, y)
@@ -65,7 +67,7 @@ class DubSettings:
 # %% ../nbs/59_stages.ipynb #346dde2b
 LOOPS = 'pingpong', 'repeat', 'hold'
 RANGES = dict(bbox_shift=(-2000, 2000, True), extra_margin=(-500, 2000, True), left_cheek_width=(0, 256, False), right_cheek_width=(0, 256, False),
-              upper_boundary_ratio=(0, 1, False), feather=(0, .25, False), sharpen=(0, 4, False), grain=(0, 1, False),
+              upper_boundary_ratio=(0, 1, False), feather=(0, .25, False), sharpen=(0, 4, False), keep=(0, 1, False), grain=(0, 1, False),
               batch_size=(1, 512, True), crf=(0, 51, True), seed=(0, 2**32 - 1, True)) # name: least, most, whole numbers only
 
 def parse_face(
@@ -257,16 +259,17 @@ def paint_faces(
     bundle:Bundle, # The model
     faces:list, # `PreparedFace` or None
     windows:torch.Tensor, # [len(faces), W, layers, dim] from `SpeechWindows`
-) -> list: # uint8 [256,256,3] or None
-    "Speaking crops for the frames that have a face"
+) -> list: # (crop uint8 [256,256,3], plan from `movement_plan` or None), both None without a face
+    "Speaking crops for the frames that have a face, and how the skin has moved"
     present = [index for index, face in enumerate(faces) if face is not None]
-    crops = [None]*len(faces)
+    crops = [(None, None)]*len(faces)
     if not present: return crops
     chosen = [faces[index] for index in present]
     latents = (torch.stack([getattr(face, name) for face in chosen]) for name in ('masked', 'reference'))
-    speech, lips = bundle.hear(windows[present], [face.mouth for face in chosen])
+    speech, lips, places = bundle.hear(windows[present], [face.mouth for face in chosen])
     painted = bundle.generate(*latents, speech, np.stack([face.crop for face in chosen]), lips)
-    for index, crop in zip(present, painted): crops[index] = crop
+    plans = [None]*len(present) if places is None else [movement_plan(face.mouth.landmarks, new, bundle.image_size) for face, new in zip(chosen, places[1])]
+    for index, crop, plan in zip(present, painted, plans): crops[index] = crop, plan
     return crops
 
 # %% ../nbs/59_stages.ipynb #af0c13d3
@@ -276,6 +279,7 @@ class SpeakingFrame:
     image:np.ndarray # RGB uint8 [H,W,3], the source's own
     face:PreparedFace|None # None: the frame passes unchanged
     crop:np.ndarray|None # uint8 [256,256,3], the speaking face
+    plan:np.ndarray|None=None # [64,64,3] from `movement_plan`
 
     def result(self,
         settings:DubSettings, # Colour, sharpness, grain
@@ -284,7 +288,7 @@ class SpeakingFrame:
         "The finished frame"
         if self.face is None: return self.image
         return composite(self.image, self.crop, self.face.box, self.face.mask, match=settings.match, sharpen=settings.sharpen,
-                         grain=settings.grain, seed=settings.seed + number)
+                         grain=settings.grain, seed=settings.seed + number, plan=self.plan, keep=settings.keep)
 
 def batches(items, size):
     "Lists of `size` items; the last may be shorter"
@@ -328,5 +332,5 @@ def speaking_frames(
                 with timer('audio'): windows = speech.take(first, len(batch))
                 with timer('generate'): crops = paint_faces(bundle, faces, windows)
                 first += len(batch)
-                yield from map(SpeakingFrame, images, faces, crops)
+                yield from (SpeakingFrame(image, face, *painted) for image, face, painted in zip(images, faces, crops))
     return prefetch(painted(), ahead)

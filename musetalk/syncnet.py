@@ -122,7 +122,7 @@ class SyncEncoder(nn.Module):
         for block in self.down_blocks: x = block(x)
         return self.norm_out(x).flatten(1)
 
-# %% ../nbs/33_syncnet.ipynb #267b9e05
+# %% ../nbs/33_syncnet.ipynb #c7ce7fec
 class SyncNet(ModelMixin, ConfigMixin):
     "How well a mouth and a sound fit"
     __getattr__ = nn.Module.__getattr__ # both encoders bear the names of their configurations
@@ -134,6 +134,7 @@ class SyncNet(ModelMixin, ConfigMixin):
                  size:tuple=(128, 256), # the region is resized to this
                  colours:int=3, # or 1: grey
                  standardize:bool=False, # remove each window's brightness and contrast
+                 motion:bool=False, # subtract each window's mean picture
                  sound:str='mel', # or 'features' of the speech encoder
                  sound_size:tuple=(80, 52), # height and width of a window of sound
                  context:int=0, # more sound before and after, frames
@@ -149,6 +150,8 @@ class SyncNet(ModelMixin, ConfigMixin):
         if audio_encoder['block_out_channels'][-1] != visual_encoder['block_out_channels'][-1]: raise ConfigError('Both embeddings must be of one length.')
         self.audio_encoder, self.visual_encoder = SyncEncoder(**audio_encoder), SyncEncoder(**visual_encoder)
         if head == 'logistic': self.logit = nn.Parameter(torch.tensor([10., 0.]))
+        if sound == 'features': # some of an encoder's features are large and never change; training fills in what is usual
+            for name, value in (('usual', 0.), ('deviation', 1.)): self.register_buffer(name, torch.full((audio_encoder['in_channels'], 1, 1), value))
 
     def _unit(self, embedding): return F.normalize(embedding.relu() if self.config.head == 'cosine' else embedding, dim=1)
 
@@ -158,6 +161,7 @@ class SyncNet(ModelMixin, ConfigMixin):
 
     def hear(self, sound): # mel [B,1,80,52], or features [B,D,1,width] -> [B,D] of length one
         "Embed windows of sound"
+        if self.config.sound == 'features': sound = (sound - self.usual)/self.deviation
         return self._unit(self.audio_encoder(sound))
 
     def forward(self, stacked, sound): return self.see(stacked), self.hear(sound)
@@ -172,7 +176,7 @@ OFFICIAL_SYNCNET = dict( # as `latentsync_syncnet.pt` was trained
     audio_encoder=dict(in_channels=1, block_out_channels=[32, 64, 128, 256, 512, 1024, 2048], downsample_factors=[[2, 1], 2, 2, 1, 2, 2, [2, 3]]),
     visual_encoder=dict(in_channels=48, block_out_channels=[64, 128, 256, 256, 512, 1024, 2048, 2048], downsample_factors=[[1, 2], 2, 2, 2, 2, 2, 2, 2]))
 
-# %% ../nbs/33_syncnet.ipynb #b0394700
+# %% ../nbs/33_syncnet.ipynb #74e86c8f
 def look(model:SyncNet, # whose configuration says where to look
          pictures:torch.Tensor # [N,3,256,256] in [-1,1]
         )->torch.Tensor: # [N,colours,*size]
@@ -189,10 +193,11 @@ def stack(model:SyncNet,
          )->torch.Tensor: # [B,frames*colours,*size]
     "Windows as the visual encoder gets them: frame after frame on the channels. Raises `ConfigError` for a wrong number of frames"
     if regions.shape[1] != model.config.frames: raise ConfigError(f'This SyncNet looks at {model.config.frames} frames at a time, not {regions.shape[1]}.')
-    windows = regions.flatten(1, 2)
-    if not model.config.standardize: return windows
-    mean, deviation = windows.mean((1, 2, 3), keepdim=True), windows.std((1, 2, 3), keepdim=True)
-    return (windows - mean)/(deviation + .02)
+    if model.config.standardize:
+        mean, deviation = regions.mean((1, 2, 3, 4), keepdim=True), regions.std((1, 2, 3, 4), keepdim=True)
+        regions = (regions - mean)/(deviation + .02)
+    if model.config.motion: regions = regions - regions.mean(1, keepdim=True)
+    return regions.flatten(1, 2)
 
 # %% ../nbs/33_syncnet.ipynb #dd4af775
 def listen(model:SyncNet, # whose configuration says what it hears

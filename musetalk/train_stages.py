@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'CELLS', 'CROP_SCALE', 'mouth_corner', 'cut_cells', 'StageModel', 'encode_frames', 'run_starts',
-           'cache_faces', 'mouth_weight', 'CachedLessons', 'CachedStep', 'sharpness_ratio', 'perceptual',
+           'cache_faces', 'mouth_weight', 'inner_mouth', 'CachedLessons', 'CachedStep', 'sharpness_ratio', 'perceptual',
            'stage_losses', 'train_stage', 'begin_with']
 
 # %% ../nbs/57_train_stages.ipynb #5700a003
@@ -138,6 +138,17 @@ def mouth_weight(landmarks, peak=4., sigma=1.2): # [68,2] -> [16,32]
     cv2.fillConvexPoly(inside, cv2.convexHull(np.stack([x[:12], y[:12]], -1).round().astype(np.int32)), 1)
     return (1 + peak*np.maximum(grid, inside)).astype(np.float32)
 
+def inner_mouth(lips:np.ndarray, # [N,20,2] outer and inner lips, pixels of the crop
+                corner:np.ndarray # [N,2] from `mouth_corner`
+               )->np.ndarray: # uint8 [N,64,112], 255 inside
+    "Where the region is shown as painted: between the lips, and a little beyond"
+    masks = np.zeros((len(lips), 8*CELLS[0], 8*CELLS[1]), np.uint8)
+    for mask, points, (row, column) in zip(masks, lips, corner):
+        inner = points[12:] - [8*column, 128 + 8*row]
+        cv2.fillPoly(mask, [np.round(inner*16).astype(np.int32)], 255, cv2.LINE_AA, 4)
+        cv2.polylines(mask, [np.round(inner*16).astype(np.int32)], True, 255, 4, cv2.LINE_AA, 4)
+    return masks
+
 class CachedLessons:
     "Draws lessons of T consecutive frames from cached latents"
     def __init__(self,
@@ -147,9 +158,10 @@ class CachedLessons:
                  method:str=SAMPLING[0], near:float=.2, other:float=.6, # of `reference_candidates`
                  shared_margin:bool=True, # False: references come from the pair's other view
                  noise:float=.15, # of the coefficients
+                 same:float=0., # share of lessons whose reference is the target itself, as when we dub
                  power:float=.5, sharp:float=.5 # of `clip_weights`
                 ):
-        self.adapter, self.frames, self.noise, self.shared = adapter, frames, noise, shared_margin
+        self.adapter, self.frames, self.noise, self.same, self.shared = adapter, frames, noise, same, shared_margin
         self.others = {c['pair']: c for c in cached if c['kind'] == 'b'}
         if not shared_margin and not self.others: raise ConfigError('Independent margins need the second view of each pair; cache with pairs=True.')
         self.clips = [c for c in cached if c['kind'] == 'a' and len(self._starts(c))]
@@ -158,6 +170,7 @@ class CachedLessons:
             points = clip['landmarks']
             clip['allowed'] = reference_candidates(points[:, POSE_POINTS], clip['shape'][:, :20], method, near, other)
             clip['starts'], clip['coefficients'] = self._starts(clip), adapter.coefficients(clip['shape']).numpy()
+            clip['open'] = clip['landmarks'][:, 65:68, 1].mean(1) - clip['landmarks'][:, 61:64, 1].mean(1)
         self.weights = clip_weights([dict(c['row'], frames=len(c['frames'])) for c in self.clips], power, sharp)
 
     def _starts(self, clip): # positions at which T frames follow each other
@@ -168,16 +181,18 @@ class CachedLessons:
 def _cached_lesson(self, rng):
     "One lesson: arrays by name, first axis T"
     clip = self.clips[int(rng.choice(len(self.clips), p=self.weights))]
-    target = int(rng.choice(clip['starts'])) + np.arange(self.frames)
+    starts = rng.choice(clip['starts'], 2) # the more open of two: closed mouths teach little
+    target = int(starts[np.argmax(clip['open'][starts])]) + np.arange(self.frames)
     source = clip if self.shared else self.others[clip['pair']]
-    reference = np.array([rng.choice(np.flatnonzero(clip['allowed'][i])) for i in target])
-    coefficients = clip['coefficients'][target] + self.noise*rng.standard_normal((1, clip['coefficients'].shape[1]), dtype=np.float32)
+    same = rng.random() < self.same
+    reference = target if same else np.array([rng.choice(np.flatnonzero(clip['allowed'][i])) for i in target])
+    coefficients = clip['coefficients'][target] + (0 if same else self.noise)*rng.standard_normal((1, clip['coefficients'].shape[1]), dtype=np.float32)
     change = self.adapter.displacements(torch.from_numpy(coefficients)).numpy() - clip['shape'][target]
     new, corner = moved_lips(clip['landmarks'][target], change, CROP_SCALE), mouth_corner(clip['landmarks'][target])
     pictures = np.stack([clip['lower'][i, 8*r:8*(r + CELLS[0]), 8*c:8*(c + CELLS[1])] for i, (r, c) in zip(target, corner)])
     return dict(upper=clip['upper'][target], whole=clip['whole'][target, :, 16:], reference=source['whole'][reference], coefficients=coefficients,
                 geometry=mouth_geometry(new, source['landmarks'][reference, 48:68]), weight=np.stack([mouth_weight(p) for p in clip['landmarks'][target]]),
-                corner=corner, picture=pictures, lower=clip['lower'][target], voice=clip['voice'][target])
+                corner=corner, inner=inner_mouth(clip['landmarks'][target, 48:68], corner), picture=pictures, lower=clip['lower'][target], voice=clip['voice'][target])
 CachedLessons.__call__ = _cached_lesson
 
 # %% ../nbs/57_train_stages.ipynb #5700a015
@@ -185,9 +200,10 @@ class CachedStep:
     "Loss of one step on cached lessons"
     def __init__(self,
                  losses:Losses, # weighted terms, on the region about the mouth
-                 latent:float=1. # weight of the L1 of the latents
+                 latent:float=1., # weight of the L1 of the latents
+                 shown:bool=False # judge the picture as it will be shown: real lips around what is painted
                 ):
-        self.losses, self.latent = losses, latent
+        self.losses, self.latent, self.shown = losses, latent, shown
 
     def paint(self, model, batch): # -> painted latents, painted and real region
         "One pass on a batch of lessons; the first two axes are joined"
@@ -195,7 +211,9 @@ class CachedStep:
         upper = flat['upper'].float()
         masked = torch.cat([upper, torch.zeros_like(upper)], 2)
         latents, painted = model(masked, flat['reference'].float(), flat['coefficients'].float(), flat['geometry'].float(), flat['corner'])
-        return latents, painted, to_network(flat['picture'], painted.device), flat
+        real = to_network(flat['picture'], painted.device)
+        if self.shown: painted = real + flat['inner'][:, None].float()/255*(painted - real)
+        return latents, painted, real, flat
 
     def __call__(self, model, batch, step):
         latents, painted, real, flat = self.paint(model, batch)
@@ -226,7 +244,7 @@ def stage_losses(weights:LossWeights, # terms
     judges = Discriminators(mouth=MultiScaleDiscriminator(MOUTH_WIDTHS)) if weights.mouth_adversarial or weights.mouth_feature_matching else None
     losses = Losses(weights, perceptual(load_recognition()) if weights.perceptual else None, judges, sync, mouth_size=None, motion=0)
     learn = lambda model, judged, step: model(judged)
-    return losses, [Adversary(judges, learn)] if judges is not None else []
+    return losses, [Adversary(judges, learn, rate=4e-4, betas=(.9, .99))] if judges is not None else []
 
 def train_stage(output, # folder of the run
                 model:StageModel, # trained
@@ -234,6 +252,7 @@ def train_stage(output, # folder of the run
                 weights:LossWeights=LossWeights(), # terms of the losses
                 steps:int=1000, batch:int=16, rate:float=6e-4, # as `Trainer` takes them
                 latent:float=1., # weight of the L1 of the latents
+                shown:bool=False, # judge the picture as it will be shown
                 sync=None, # function (painted, sound) -> scalar
                 validate_every:int=250, log_every:int=20, # steps
                 stop_at:int=None, show_progress:bool=True, # of `Trainer.run`
@@ -241,7 +260,7 @@ def train_stage(output, # folder of the run
                )->Trainer: # at the end of the stage
     "Train a stage on cached lessons; resumes by itself"
     losses, adversaries = stage_losses(weights, sync)
-    step, distance = CachedStep(losses, latent), perceptual(load_recognition())
+    step, distance = CachedStep(losses, latent, shown), perceptual(load_recognition())
     model.to(memory_format=torch.channels_last)
     trainer = Trainer(model, output, steps, batch, lessons, step, rate, adversaries=adversaries, **options)
     def validate():
