@@ -11,13 +11,14 @@ __all__ = ['logger', 'VIDEO_FILES', 'MAKES_TRACKS', 'MAKES_COPIES', 'MAKES_DUBS'
            'Evaluation', 'evaluate', 'markdown_table', 'table_markdown', 'evaluation_markdown', 'plot_evaluation',
            'write_evaluation', 'read_evaluation']
 
-# %% ../nbs/55_evaluate.ipynb #507c33da
+# %% ../nbs/55_evaluate.ipynb #8e432f64
 import hashlib
 import logging
 import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from inspect import getsource
 from pathlib import Path
@@ -124,10 +125,11 @@ def still_frames(source:VideoSource,
     for frame, points, found in zip(source, track.landmarks, track.found):
         yield carry_jaw(frame.image, points, still, track.landmarks[least]) if found else frame.image
 
-# %% ../nbs/55_evaluate.ipynb #e730a3b6
+# %% ../nbs/55_evaluate.ipynb #c484d117
+@cache
 def code_fingerprint(*parts # names of modules of the package, and functions
                     )->str: # hexadecimal
-    "A digest of source code"
+    "A digest of source code, read once: what is edited later is not what runs now"
     sources = [getsource(part) if callable(part) else Path(find_spec(f'musetalk.{part}').origin).read_text(encoding='utf-8') for part in parts]
     return hashlib.sha256('\n'.join(sources).encode()).hexdigest()
 
