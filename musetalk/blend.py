@@ -162,12 +162,11 @@ def moved_source(
     picture:np.ndarray, # [h,w,3] uint8, generated
     source:np.ndarray, # [h,w,3] uint8, the same place of the source
     plan:np.ndarray, # float32 [h,w,3]: share of the source, movement (x, y) in pixels
-    share:float=1., # how much of the source is kept at all
 ) -> np.ndarray: # [h,w,3] uint8
     "The source's own pixels, moved, and the generated ones where the plan has none"
     rows, columns = np.indices(plan.shape[:2], np.float32)
     moved = cv2.remap(source, columns + plan[..., 1], rows + plan[..., 2], cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
-    kept = share*np.ascontiguousarray(plan[..., 0])
+    kept = np.ascontiguousarray(plan[..., 0])
     return cv2.blendLinear(moved, picture, kept, 1 - kept)
 
 def _stretched_plan(plan, width, height, inner, part, shape): # the plan over a part of the visible box, movement in pixels
@@ -206,7 +205,6 @@ def composite(
     grain:float=0., # Share of the missing grain to add
     seed:int=0, # For the grain; another number for each frame
     plan:np.ndarray|None=None, # [n,n,3] of `22_move`: move the source's own pixels
-    keep:float=1., # How much of them is kept
     out:np.ndarray|None=None, # Written to if given; may be `frame`
 ) -> np.ndarray: # [H,W,3] uint8: `out`, or a new array
     "Put the generated crop into its frame where the mask is not zero. Raises `ValueError`, `TypeError` for bad arrays"
@@ -226,11 +224,11 @@ def composite(
     part = _bounds(mask, int(np.ceil(4*sigma)))
     stretched = _stretch(generated, x2 - x1, y2 - y1)[inner]
     picture, below, alpha = np.ascontiguousarray(stretched[part]), source[part], _as_float(np.ascontiguousarray(mask[part]))
-    if match:
+    if match and plan is None:
         seen = generated if stretched.shape[:2] == (y2 - y1, x2 - x1) else stretched
         picture = add_field(picture, color_field(seen, source, _as_float(mask)), source.shape[:2], part)
-    if sharpen > 0: picture = sharpened(picture, min(sharpen, missing_detail(picture, below, alpha, sigma)), sigma)
-    if plan is not None and keep > 0: picture = moved_source(picture, np.ascontiguousarray(below), _stretched_plan(plan, x2 - x1, y2 - y1, inner, part, below.shape[:2]), keep)
+    if sharpen > 0 and plan is None: picture = sharpened(picture, min(sharpen, missing_detail(picture, below, alpha, sigma)), sigma)
+    if plan is not None: picture = moved_source(picture, np.ascontiguousarray(below), _stretched_plan(plan, x2 - x1, y2 - y1, inner, part, below.shape[:2]))
     if grain > 0: picture = add_grain(picture, below, alpha, grain, seed)
     out[outer][part] = _mix(below, picture, alpha)
     return out

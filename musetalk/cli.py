@@ -135,8 +135,7 @@ LOOK = ('how it should look', (
     _look('right_cheek_width', float, "the same on the picture's right (default: 90)"),
     _look('upper_boundary_ratio', float, 'upper line of the mask as a fraction of the box (default: 0.5)'),
     _look('feather', float, "softness of the mask's edge, fraction of the box, 0 to 0.25 (default: 0.05)"),
-    _look('sharpen', float, 'most sharpening of the new part, 0 is off (default: 0.8)'),
-    _look('keep', float, "share of the footage's own skin and lips that is kept and moved, 0 to 1 (default: 1)"),
+    _look('sharpen', float, 'most sharpening of a wholly painted face, 0 is off (default: 0.8)'),
     _look('grain', float, "share of the footage's grain to add, 0 to 1 (default: 0)"),
     option('--no-match', dest='match', action='store_false', default=argparse.SUPPRESS, help='do not match colours around the mask')))
 FLOW = ('which frames', (

@@ -134,6 +134,11 @@ def model_file(name:str # file name of a model of `face-recognition-models`
     return str(found[0])
 
 # %% ../nbs/11_face.ipynb #89f673e8
+@cache
+def _shape_predictor(): # 100 MB: read once per process; it is never written to, so threads may share it
+    import dlib
+    return dlib.shape_predictor(model_file('shape_predictor_68_face_landmarks.dat'))
+
 class DlibBackend(FaceBackend):
     "dlib's HOG detector and its 68-point shape predictor; nothing to download"
     rolls = (-30., 30.)
@@ -147,10 +152,8 @@ class DlibBackend(FaceBackend):
         import dlib
         return dlib.get_frontal_face_detector()
 
-    @cached_property
-    def _shape(self):
-        import dlib
-        return dlib.shape_predictor(model_file('shape_predictor_68_face_landmarks.dat'))
+    @property
+    def _shape(self): return _shape_predictor()
 
     @cached_property
     def _recogniser(self):

@@ -28,7 +28,7 @@ logger = logging.getLogger('musetalk')
 SOLVER = dict(max_train_steps='steps', learning_rate='rate', lr_scheduler='schedule', lr_warmup_steps='warmup', max_grad_norm='clip', adam_weight_decay='weight_decay',
               adam_epsilon='epsilon', gradient_accumulation_steps='accumulate', mixed_precision='precision') # the reference's name: ours
 KNOWN = {'exp_name', 'output_dir', 'bundle', 'start', 'network', 'layers', 'silence', 'noise', 'data', 'solver', 'ema', 'seed', 'random_init_unet', 'learn_decoder', 'crop_type', 'latent',
-         'cropping_jaw2edge_margin_mean', 'cropping_jaw2edge_margin_std', 'loss_weights', 'loss_params', 'discriminator_train_params', 'val_freq', 'checkpointing_steps', 'model', 'train', 'ckpt'}
+         'cropping_jaw2edge_margin_mean', 'cropping_jaw2edge_margin_std', 'loss_weights', 'loss_params', 'discriminator_train_params', 'val_freq', 'val_batches', 'shown', 'checkpointing_steps', 'model', 'train', 'ckpt'}
 
 def read_config(path # YAML file
                )->dict:
@@ -74,7 +74,7 @@ def cached_lessons(config:dict, data, bundle, output:Path, show_progress=True)->
     for split, views, shared in (('train', given.get('views', 1), given.get('shared_margin', True)), ('val', 0, True)):
         clips = FaceClips(data, split)
         cached = cache_faces(clips, bundle.vae, mouth_displacements(clips), output.parent/'latents'/split, views, max(5, frames), step, margin if views else (0, 0), not shared, config.get('seed', 0), show_progress)
-        sets.append(CachedLessons(cached, bundle.adapter, frames if split == 'train' else 1, shared_margin=shared, noise=given.get('noise', .15) if split == 'train' else 0., **common))
+        sets.append(CachedLessons(cached, bundle.adapter, frames if split == 'train' else 1, shared_margin=shared, noise=given.get('noise', .15) if split == 'train' else 0., same=given.get('same', 0.) if split == 'train' else 0., sharp=given.get('sharp', .5), **common))
     return tuple(sets)
 
 # %% ../nbs/58_recipes.ipynb #5800a010
@@ -95,7 +95,7 @@ def train_cached_stage(kind:str, # 'stage1' or 'stage2'
     before = output.parent/'stage1'
     if kind == 'stage2' and (before/'checkpoint.safetensors').exists(): begin_with(model, before)
     lessons, tests = cached_lessons(config, data, bundle, output, show_progress)
-    trainer = train_stage(output, model, lessons, tests, loss_weights(config), latent=config.get('latent', 1.), sync=sync, validate_every=config.get('val_freq', 250),
+    trainer = train_stage(output, model, lessons, tests, loss_weights(config), latent=config.get('latent', 1.), sync=sync, validate_every=config.get('val_freq', 250), checks=config.get('val_batches', 6), shown=config.get('shown', False),
                           save_every=config.get('checkpointing_steps', 100), show_progress=show_progress, **trainer_options(config))
     with trainer.averaged(): save_bundle(bundle, output/'bundle', bundle.folder/'audio_encoder')
     return last_scores(output)

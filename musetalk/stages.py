@@ -45,7 +45,6 @@ class DubSettings:
     feather:float=.05 # Softness of its edge, fraction of the box's width
     match:bool=True # Match colours around the mask
     sharpen:float=.8 # Most sharpening of the generated part, 0 is off
-    keep:float=1. # Share of the source's own skin and lips that is kept, moved, 0 to 1
     grain:float=0. # Share of the source's grain that is added, 0 to 1
     loop:str='pingpong' # Footage too short: 'pingpong', 'repeat' or 'hold'
     face:str|int|tuple='largest' # 'largest', number from the left, or point (x, y)
@@ -67,7 +66,7 @@ class DubSettings:
 # %% ../nbs/59_stages.ipynb #346dde2b
 LOOPS = 'pingpong', 'repeat', 'hold'
 RANGES = dict(bbox_shift=(-2000, 2000, True), extra_margin=(-500, 2000, True), left_cheek_width=(0, 256, False), right_cheek_width=(0, 256, False),
-              upper_boundary_ratio=(0, 1, False), feather=(0, .25, False), sharpen=(0, 4, False), keep=(0, 1, False), grain=(0, 1, False),
+              upper_boundary_ratio=(0, 1, False), feather=(0, .25, False), sharpen=(0, 4, False), grain=(0, 1, False),
               batch_size=(1, 512, True), crf=(0, 51, True), seed=(0, 2**32 - 1, True)) # name: least, most, whole numbers only
 
 def parse_face(
@@ -288,7 +287,7 @@ class SpeakingFrame:
         "The finished frame"
         if self.face is None: return self.image
         return composite(self.image, self.crop, self.face.box, self.face.mask, match=settings.match, sharpen=settings.sharpen,
-                         grain=settings.grain, seed=settings.seed + number, plan=self.plan, keep=settings.keep)
+                         grain=settings.grain, seed=settings.seed + number, plan=self.plan)
 
 def batches(items, size):
     "Lists of `size` items; the last may be shorter"

@@ -256,7 +256,7 @@ def load_syncnet(path, # our folder, or an official `.pt` file
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     return nn.Module.to(model, device).eval().requires_grad_(False)
 
-# %% ../nbs/33_syncnet.ipynb #8f8d820a
+# %% ../nbs/33_syncnet.ipynb #9a3fe329
 def pair_loss(probability:torch.Tensor, # [B] from `SyncNet.probability`
               same # 1, 0 or [B]: do the pairs belong together?
              )->torch.Tensor: # scalar
@@ -268,7 +268,8 @@ def sync_loss(model:SyncNet, # frozen
               pictures:torch.Tensor, # [B,T,3,256,256] in [-1,1]; these get gradients
               sound:torch.Tensor, # [B,...] from `hear_windows`
               real:torch.Tensor=None, # [B,frames,3,256,256], if T is less than `frames`
-              first:int=0 # place of the first of the T pictures in the window
+              first:int=0, # place of the first of the T pictures in the window
+              limit:float=10. # largest gradient norm of one window; None: any
              )->torch.Tensor: # scalar
     "How little the mouth fits the sound. Raises `ConfigError` unless pictures, and real ones around them, fill a window"
     batch, count, frames = len(pictures), pictures.shape[1], model.config.frames
@@ -276,6 +277,8 @@ def sync_loss(model:SyncNet, # frozen
     if first < 0 or first + count > frames: raise ConfigError(f'{count} frames from place {first} on do not fit into {frames}.')
     if count < frames: pictures = torch.cat([real[:, :first], pictures, real[:, first + count:]], 1)
     regions = look(model, pictures.float().clamp(-1, 1).flatten(0, 1)).unflatten(0, (batch, -1))
+    if limit and regions.requires_grad:
+        regions.register_hook(lambda g: g*(limit/(batch*g.flatten(1).norm(dim=1)).clamp(min=limit)).view(-1, 1, 1, 1, 1))
     face, heard = model(stack(model, regions), sound.float())
     return pair_loss(model.probability(face, heard), 1)
 

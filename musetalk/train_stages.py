@@ -255,6 +255,7 @@ def train_stage(output, # folder of the run
                 shown:bool=False, # judge the picture as it will be shown
                 sync=None, # function (painted, sound) -> scalar
                 validate_every:int=250, log_every:int=20, # steps
+                checks:int=6, # batches of a validation
                 stop_at:int=None, show_progress:bool=True, # of `Trainer.run`
                 **options # of `Trainer`
                )->Trainer: # at the end of the stage
@@ -265,7 +266,7 @@ def train_stage(output, # folder of the run
     trainer = Trainer(model, output, steps, batch, lessons, step, rate, adversaries=adversaries, **options)
     def validate():
         rng, scores, rows = np.random.default_rng(1), [], []
-        for _ in range(6):
+        for _ in range(checks):
             batch = torch.utils.data.default_collate([tests(rng) for _ in range(max(1, 16//tests.frames))])
             latents, painted, real, flat = step.paint(model, batch)
             scores.append([(latents - flat['whole'].float()).abs().mean().item(), psnr(painted, real), distance(painted, real).item(), sharpness_ratio(painted, real).item()])

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['logger', 'MARGIN', 'TRAINING', 'SyncClip', 'margin_of', 'small_pictures', 'read_sync_clip', 'window_view',
            'SyncLessons', 'false_partners', 'binary_loss', 'ambiguous_pairs', 'contrastive_loss', 'pair_statistics',
-           'embed_clip', 'clip_scores', 'held_out_scores', 'sync_objective', 'read_sync_clips', 'train_syncnet',
-           'diagnose']
+           'embed_clip', 'clip_scores', 'held_out_scores', 'sync_objective', 'read_sync_clips', 'set_usual_sound',
+           'train_syncnet', 'diagnose']
 
-# %% ../nbs/54_train_syncnet.ipynb #a28b85b7
+# %% ../nbs/54_train_syncnet.ipynb #43ddcebb
 import json
 import logging
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,10 +22,9 @@ import torch.nn.functional as F
 import yaml
 
 from .core import ConfigError, MediaError, progress
-from .dataset import FaceClips, apply_view, clip_weights, random_view
+from .dataset import CROP_MARGIN, FaceClips, clip_weights
 from .syncnet import SyncNet, curve_scores, hear_windows, pair_loss, stack, sync_mel
 from .train import Trainer
-from .vae import to_network
 
 # %% ../nbs/54_train_syncnet.ipynb #875cee72
 logger = logging.getLogger('musetalk')
@@ -57,7 +55,7 @@ class SyncClip:
         if self.spoken is not None: good &= np.convolve(self.spoken[:len(self)], np.ones(frames)/frames, 'valid') > 1/3
         return starts[good]
 
-# %% ../nbs/54_train_syncnet.ipynb #b7af1df2
+# %% ../nbs/54_train_syncnet.ipynb #c7167db0
 def margin_of(model:SyncNet)->tuple: # margin (vertical, horizontal) in small pixels
     "The margin around the region at the network's own resolution"
     top, bottom, left, right = model.config.region
@@ -72,21 +70,20 @@ def small_pictures(model:SyncNet,
     vertical, horizontal = margin_of(model)
     height, width = model.config.size
     down, across = vertical*(bottom - top)/height, horizontal*(right - left)/width
-    pictures = to_network(np.stack(crops))
-    pad = max(0, math.ceil(down - top), math.ceil(down + bottom - 256), math.ceil(across - left), math.ceil(across + right - 256))
-    pictures = F.pad(pictures, (pad,)*4, mode='replicate')
-    part = pictures[:, :, round(top - down) + pad:round(bottom + down) + pad, round(left - across) + pad:round(right + across) + pad]
+    rows, columns = np.arange(round(top - down), round(bottom + down)).clip(0, 255), np.arange(round(left - across), round(right + across)).clip(0, 255)
+    part = np.stack([crop[rows[:, None], columns] for crop in crops])
+    if model.config.colours == 1: part = part @ np.float32([[.299], [.587], [.114]])
+    part = torch.from_numpy(np.float32(part)).permute(0, 3, 1, 2)
     part = F.interpolate(part, (height + 2*vertical, width + 2*horizontal), mode='bilinear', antialias=True, align_corners=False)
-    if model.config.colours == 1: part = (part*part.new_tensor([.299, .587, .114])[:, None, None]).sum(1, keepdim=True)
-    return ((part + 1)*127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    return part.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 
 def read_sync_clip(clip, # `Clip` of `51_dataset`
                    model:SyncNet # whose configuration says what is kept
                   )->SyncClip:
     "A preprocessed clip as SyncNet sees and hears it. Raises `MediaError` for one without sound"
     if not clip.row.get('sound', True): raise MediaError(f'{clip.name} has no sound; SyncNet cannot learn from it.')
-    plain = random_view(np.random.default_rng(0), 0)
-    blocks = [[apply_view(clip.crop(i), plain)[0] for i in range(start, min(start + 50, len(clip)))] for start in range(0, len(clip), 50)]
+    inner = slice((margin := round(clip.size*(1 - 1/CROP_MARGIN)/2)), clip.size - margin) # a stored crop is larger than what networks see
+    blocks = [[clip.crop(i)[inner, inner] for i in range(start, min(start + 50, len(clip)))] for start in range(0, len(clip), 50)]
     mel = model.config.sound == 'mel'
     track = sync_mel(clip.samples) if mel else np.asarray(clip.features[:, -1])
     return SyncClip(clip.name, clip.identity, np.concatenate([small_pictures(model, block) for block in blocks]), track, float(clip.sound_start(0)), clip.voice)
@@ -275,13 +272,23 @@ def sync_objective(net:SyncNet, # not wrapped
         return value, dict(pair_statistics(face.detach(), sound.detach(), windows), binary=binary, **more), {}
     return loss
 
-# %% ../nbs/54_train_syncnet.ipynb #d90945f8
+# %% ../nbs/54_train_syncnet.ipynb #7d319a45
 def read_sync_clips(data, split:str, model:SyncNet, # configuration of what is kept
                     keep=None # function of a row of `clips.json`
                    )->list: # of `SyncClip`
     "All clips of a split that have sound"
     clips = FaceClips(data, split, lambda row: row.get('sound', True) and (keep is None or keep(row)))
     return [read_sync_clip(clips[i], model) for i in progress(range(len(clips)), desc=f'{split} clips')]
+
+def set_usual_sound(model:SyncNet, # that hears features
+                    clips:list # of `SyncClip`
+                   ):
+    "Mean and deviation of each feature over people; without them every sound looks alike for long"
+    people = {}
+    for clip in clips: people.setdefault(clip.identity, []).append(np.float64(clip.track[::5]))
+    moments = np.mean([[some.mean(0), (some**2).mean(0)] for some in map(np.concatenate, people.values())], 0)
+    model.usual.copy_(torch.from_numpy(moments[0])[:, None, None])
+    model.deviation.copy_(torch.from_numpy(np.sqrt((moments[1] - moments[0]**2).clip(1e-6)))[:, None, None])
 
 def train_syncnet(data, # folder of `preprocess`, or (training, held-out) lists of `SyncClip`
                   output, # folder of the run; a run that was cut off goes on
@@ -299,6 +306,7 @@ def train_syncnet(data, # folder of `preprocess`, or (training, held-out) lists 
     model = SyncNet(**config['model'])
     clips, held_out = data if isinstance(data, (tuple, list)) else [read_sync_clips(data, split, model, keep) for split in ('train', 'val')]
     lessons = SyncLessons(model, clips, chosen.windows, chosen.apart, chosen.strength, chosen.power)
+    if model.config.sound == 'features': set_usual_sound(model, lessons.clips)
     loss = sync_objective(model, chosen.windows, chosen.recipe, chosen.across, chosen.binary_from, chosen.scale, chosen.apart)
     trainer = Trainer(model, output, chosen.steps, chosen.batch, lessons, loss, rate=chosen.rate, weight_decay=chosen.weight_decay, ema=chosen.ema,
                       seed=chosen.seed, save_every=chosen.save_every)
