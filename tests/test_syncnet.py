@@ -252,3 +252,15 @@ def test_the_mini_configuration_is_small():
     assert sum(p.numel() for p in model.parameters())*2 < 6e6, 'below 6 MB in fp16'
     from musetalk.train_syncnet import TRAINING
     assert set(config['train']) <= set(TRAINING)
+
+
+def test_the_stored_weights_are_those_of_the_mini_configuration():
+    import yaml
+    from musetalk.core import find_models
+    net = load_syncnet(next(folder/'syncnet-mini' for folder in find_models() if (folder/'syncnet-mini').exists()))
+    config = yaml.safe_load((ROOT/'configs'/'mini'/'syncnet.yaml').read_text())['model']
+    assert {key: json.loads(json.dumps(net.config[key])) for key in config} == config
+    assert net.deviation.std() > 0 and all(torch.isfinite(p).all() for p in net.parameters())
+    still = torch.full((1, 10, 3, 256, 256), .2).requires_grad_()    # nothing moves: no gradient may run away
+    sync_loss(net, still, torch.zeros(1, 384, 1, 28)).backward()
+    assert torch.isfinite(still.grad).all() and still.grad.norm() < 10
