@@ -260,6 +260,7 @@ def run_demo(args):
     from musetalk.bench import demo_portrait, demo_speech
     from musetalk.core import contact_sheet, save_image
     from musetalk.dub import dub
+    from musetalk.face import face_backend
     from musetalk.media import VideoSource
     args.audio = None if args.text else demo_speech()
     with _sound(args) as audio, tempfile.TemporaryDirectory() as folder:
@@ -267,8 +268,10 @@ def run_demo(args):
         report = dub(Path(folder)/'portrait.png', audio, args.out, args.bundle, args.device, _bar(args))
     frames = VideoSource(args.out)
     chosen = range(0, frames.frame_count, max(1, frames.frame_count//16))
-    sheet = Path(args.out).with_suffix('.jpg')
-    save_image(sheet, contact_sheet([frame.image for frame in frames if frame.index in chosen][:16], height=200, columns=8))
+    x1, y1, x2, y2 = (int(value) for value in face_backend().detect(frames.first().image)[0][0])
+    margin, sheet = (x2 - x1)//4, Path(args.out).with_suffix('.jpg')
+    faces = [frame.image[max(0, y1 - margin):y2 + margin, max(0, x1 - margin):x2 + margin] for frame in frames if frame.index in chosen]
+    save_image(sheet, contact_sheet(faces[:16], height=200, columns=8))
     print(_as_json(asdict(report) | dict(pictures=str(sheet))) if args.json else f'{_told(report)}\n{sheet}: sixteen of its frames')
 
 # %% ../nbs/72_cli.ipynb #5b7db0e9
