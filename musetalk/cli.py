@@ -59,6 +59,10 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
     "Room for option names"
     def __init__(self, prog): super().__init__(prog, max_help_position=32, width=100)
 
+    def add_argument(self, action):
+        super().add_argument(action)
+        if action.nargs == argparse.PARSER: self._action_max_length += self._indent_increment # the names of commands are indented once more
+
 OVERVIEW = '''
 examples:
   musetalk demo                                                make a portrait speak; nothing else is needed
@@ -268,7 +272,7 @@ def run_demo(args):
         report = dub(Path(folder)/'portrait.png', audio, args.out, args.bundle, args.device, _bar(args))
     frames = VideoSource(args.out)
     chosen = range(0, frames.frame_count, max(1, frames.frame_count//16))
-    x1, y1, x2, y2 = (int(value) for value in face_backend().detect(frames.first().image)[0][0])
+    x1, y1, x2, y2 = (int(value) for value in face_backend().detect(demo_portrait())[0][0])
     margin, sheet = (x2 - x1)//4, Path(args.out).with_suffix('.jpg')
     faces = [frame.image[max(0, y1 - margin):y2 + margin, max(0, x1 - margin):x2 + margin] for frame in frames if frame.index in chosen]
     save_image(sheet, contact_sheet(faces[:16], height=200, columns=8))

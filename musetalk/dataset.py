@@ -281,7 +281,7 @@ class FaceLessons:
             self._allowed[index] = np.packbits(reference_candidates(points[:, POSE_POINTS], mouth, **self.sampling), axis=1)
         return np.unpackbits(self._allowed[index], axis=1, count=len(self.clips[index])).astype(bool)
 
-# %% ../nbs/51_dataset.ipynb #8f667710
+# %% ../nbs/51_dataset.ipynb #93810140
 def _lesson(self, rng):
     "One lesson: arrays by name, first axis T"
     index = int(rng.choice(len(self.clips), p=self.weights))
@@ -301,4 +301,8 @@ def _seen(clip, frames, view):
     seen = [apply_view(clip.crop(i), view, clip.landmarks[i]) for i in frames]
     return np.stack([image for image, _ in seen]), np.stack([points for _, points in seen])
 
-def turned_shape(shape, flip): return np.ascontiguousarray(shape[:, MOUTH_MIRROR]*np.float32([-1, 1])) if flip else shape
+def turned_shape(shape:np.ndarray, # [F,23,2] mouth displacements
+                 flip:bool # mirror them
+                )->np.ndarray: # [F,23,2]
+    "Mouth displacements as they are after a mirror"
+    return np.ascontiguousarray(shape[:, MOUTH_MIRROR]*np.float32([-1, 1])) if flip else shape
