@@ -11,6 +11,7 @@ __all__ = ['CROP_MARGIN', 'CROP_SIZE', 'POSE_POINTS', 'PUBLISHED_POSE', 'PUBLISH
 # %% ../nbs/51_dataset.ipynb #eaf6db5c
 from functools import cached_property
 from pathlib import Path
+from zipfile import BadZipFile
 
 import cv2
 import numpy as np
@@ -82,7 +83,7 @@ def _arrays(path):
     try:
         with np.load(path, allow_pickle=False) as stored: return {name: stored[name] for name in stored.files}
     except OSError as error: raise MediaError(f'{path} is missing: preprocess the footage again') from error
-    except (ValueError, KeyError, EOFError) as error: raise MediaError(f'{path} is damaged: delete it and preprocess again') from error
+    except (ValueError, KeyError, EOFError, BadZipFile) as error: raise MediaError(f'{path} is damaged: delete it and preprocess again') from error
 
 # %% ../nbs/51_dataset.ipynb #51baed3f
 class FaceClips:

@@ -246,6 +246,7 @@ def stage_losses(weights:LossWeights, # terms
     learn = lambda model, judged, step: model(judged)
     return losses, [Adversary(judges, learn, rate=4e-4, betas=(.9, .99))] if judges is not None else []
 
+# %% ../nbs/57_train_stages.ipynb #a2ef425e
 def train_stage(output, # folder of the run
                 model:StageModel, # trained
                 lessons, tests, # `CachedLessons` to learn from, and of other people
@@ -276,6 +277,7 @@ def train_stage(output, # folder of the run
     trainer.run(validate, validate_every, log_every, stop_at, show_progress)
     return trainer
 
+# %% ../nbs/57_train_stages.ipynb #b95296a5
 def begin_with(model:StageModel, run # folder of an earlier stage
               ):
     "Take the averaged weights of an earlier stage. Raises `BundleError` if it trained another model"
