@@ -1,5 +1,6 @@
 "The command line as a user meets it: words in, files, sentences and exit statuses out"
 import json
+import os
 import subprocess
 import sys
 import types
@@ -140,3 +141,60 @@ def test_bench_memory(place, capsys):
     assert status == 0, complaint
     figures = json.loads(printed)
     assert [run['frames'] for run in figures['runs']] == [25, 50] and abs(figures['growth']) < .1
+
+
+@pytest.fixture
+def shelf(tmp_path_factory, monkeypatch):
+    "Official files of no size, a server that shows them, and a manifest that knows them"
+    from official import Hub, manifest, write_official
+    from musetalk import models
+    folder = write_official(tmp_path_factory.mktemp('shelf'))
+    hub = Hub(folder, manifest(folder))
+    monkeypatch.setattr(models, 'FILES', manifest(folder))
+    monkeypatch.setattr(models.download, '__kwdefaults__', models.download.__kwdefaults__ | dict(files=manifest(folder)))
+    monkeypatch.setattr(models, 'PAUSE', 0.)
+    yield hub
+    hub.close()
+
+
+def test_download_and_models(tmp_path, shelf, capsys, monkeypatch):
+    monkeypatch.setenv('MUSETALK_MODELS', str(tmp_path/'mine'))
+    status, printed, complaint = run('download', 'v1.5', 'v1.0', '--mirror', shelf.address, '--no-progress', capsys=capsys)
+    assert status == 0 and printed.count(' whole\n') == 9 and '9 files are in' in printed, complaint
+    status, printed, _ = run('download', '--json', '--dir', tmp_path/'mine', capsys=capsys)
+    assert status == 0 and {state['state'] for state in json.loads(printed)} == {'whole'}
+    (tmp_path/'mine/sd-vae/config.json').write_text('{}')
+    status, _, complaint = run('download', 'v1.5', capsys=capsys)
+    assert status == 2 and 'sd-vae/config.json is not the official file' in complaint and complaint.count('\n') == 1
+
+
+@pytest.mark.parametrize('words,sentence', [(['v2'], "under the name 'v2': choose v1.5"), (['v1.5', '--mirror', 'http://127.0.0.1:9'], 'no connection to 127.0.0.1:9'), (['--workers', '0'], '--workers is 0')])
+def test_download_mistakes(tmp_path, shelf, capsys, words, sentence):
+    status, _, complaint = run('download', *words, '--dir', tmp_path/'mine', '--no-progress', capsys=capsys)
+    assert status == 2 and sentence in complaint.splitlines()[-1]
+
+
+def test_models_tells_and_checks(tmp_path, toy_folder, capsys):
+    import shutil
+    shutil.copytree(toy_folder, tmp_path/'models/toy')
+    status, printed, _ = run('models', '--dir', tmp_path/'models', '--json', capsys=capsys)
+    found = {model['name']: model for model in json.loads(printed)}
+    assert status == 0 and found['toy']['state'] == 'whole' and found['v1.5']['state'] == 'missing' and found['v1.5']['total'] > 3.9e9
+    config = tmp_path/'models/toy/vae/config.json'
+    config.write_text(config.read_text().replace('24', '25', 1))
+    status, printed, _ = run('models', '--dir', tmp_path/'models', '--check', capsys=capsys)
+    assert status == 1 and 'SHA-256 differs' in printed and 'v1.0' in printed
+
+
+def test_number_format_is_for_one_command_only(place, capsys, monkeypatch):
+    monkeypatch.delenv('MUSETALK_DTYPE', raising=False)
+    status, printed, _ = run('dub', '--video', 'she.png', '--audio', 'words.wav', '--bundle', 'toy', '--dtype', 'fp32', '--json', capsys=capsys)
+    assert status == 0 and json.loads(printed)['bundle']['dtype'] == 'float32' and 'MUSETALK_DTYPE' not in os.environ
+    status, _, complaint = run('dub', '--video', 'she.png', '--audio', 'words.wav', '--bundle', 'toy', '--dtype', 'fp7', capsys=capsys)
+    assert status == 2 and "Unknown number format 'fp7'" in complaint
+
+
+def test_config_is_the_other_name_of_tasks(place, capsys):
+    Path('tasks.yaml').write_text('a: {video_path: she.png, audio_path: words.wav, bbox_shift: -7, result_name: shifted.mp4}\n')
+    status, printed, complaint = run('dub', '--config', 'tasks.yaml', '--result-dir', 'out', '--bundle', 'toy', '--no-progress', capsys=capsys)
+    assert status == 0 and Path('out/shifted.mp4').exists(), complaint

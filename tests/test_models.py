@@ -1,0 +1,343 @@
+"Official weights from the server to the finished video, and all that can go wrong on the way"
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from official import FULL_VAE, FULL_WHISPER, Hub, manifest, write_official
+
+from musetalk import models
+from musetalk.core import BundleError, MediaError, read_json, save_image, sha256_file, write_json
+from musetalk.dub import dub
+from musetalk.media import VideoSource, write_audio
+from musetalk.models import FILES, chosen_files, download, file_state, list_models, models_folder
+from musetalk.official import OFFICIAL_UNET, find_official, is_official, load_official, load_official_vae, load_unet, read_weights
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope='module')
+def shelf(tmp_path_factory): return write_official(tmp_path_factory.mktemp('shelf'))
+
+
+@pytest.fixture(scope='module')
+def files(shelf): return manifest(shelf)
+
+
+@pytest.fixture
+def hub(shelf, files, monkeypatch):
+    monkeypatch.setattr(models, 'PAUSE', 0.)
+    hub = Hub(shelf, files)
+    yield hub
+    hub.close()
+
+
+def own(path, **changes): return replace(next(file for file in FILES if file.path == path), **changes)
+
+
+# Download
+
+def test_all_versions_arrive_whole(shelf, files, hub, tmp_path):
+    states = download('v1.5', 'v1.0', folder=tmp_path/'models', mirror=hub.address, files=files, shown=False)
+    assert len(states) == 9 and {state.state for state in states} == {'whole'}
+    for file in files: assert (tmp_path/'models'/file.path).read_bytes() == (shelf/file.path).read_bytes()
+    assert not list((tmp_path/'models').rglob('*.partial'))
+    asked = len(hub.log)
+    download('v1.5', folder=tmp_path/'models', mirror=hub.address, files=files, shown=False)
+    assert len(hub.log) == asked
+
+
+def test_goes_on_where_the_line_broke(shelf, files, hub, tmp_path):
+    hub.cut = 300_000
+    download('v1.5', folder=tmp_path, mirror=hub.address, files=files, shown=False)
+    starts = [start for path, start in hub.log if path.endswith('unet.pth')]
+    assert len(starts) > 2 and starts == sorted(starts) and sha256_file(tmp_path/'musetalkV15/unet.pth') == sha256_file(shelf/'musetalkV15/unet.pth')
+
+
+def test_killed_process_is_continued(shelf, files, hub, tmp_path):
+    "A real process, killed in the middle of a file, leaves no file under its final name, and the next run asks for the rest only"
+    slow = f'''
+import dataclasses, json, sys
+from pathlib import Path
+from musetalk import models
+closing = models._closing
+def slowly(source, pieces):
+    import time
+    for piece in closing(source, pieces): time.sleep(.05); yield piece
+models._closing = slowly
+files = tuple(models.ModelFile(*row) for row in json.loads(sys.argv[1]))
+models.download('v1.5', folder={str(tmp_path)!r}, mirror={hub.address!r}, files=files, shown=False)
+'''
+    rows = json.dumps([[getattr(file, name) for name in file.__dataclass_fields__] for file in files if 'unet' in file.path])
+    process = subprocess.Popen([sys.executable, '-c', slow, rows], cwd=ROOT, env=os.environ | {'PYTHONPATH': str(ROOT)})
+    partial = tmp_path/'musetalkV15/.unet.pth.partial'
+    for _ in range(1200):
+        if partial.exists() and partial.stat().st_size > 200_000: break
+        time.sleep(.05)
+    process.kill()
+    process.wait()
+    left = partial.stat().st_size
+    assert left > 200_000 and not (tmp_path/'musetalkV15/unet.pth').exists()
+    hub.log.clear()
+    download('v1.5', folder=tmp_path, mirror=hub.address, files=files, shown=False)
+    assert left in [start for path, start in hub.log if path.endswith('unet.pth')]
+    assert sha256_file(tmp_path/'musetalkV15/unet.pth') == sha256_file(shelf/'musetalkV15/unet.pth')
+
+
+@pytest.mark.parametrize('status', [403, 404, 429, 500, 503])
+def test_status_is_told(files, hub, tmp_path, status):
+    hub.status = status
+    with pytest.raises(BundleError, match=f'could not be had .*answered {status}.*: check the network, give --mirror'): download('v1.5', folder=tmp_path, mirror=hub.address, files=files, shown=False)
+
+
+def test_no_network(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, 'PAUSE', 0.)
+    with pytest.raises(BundleError, match='no connection to 127.0.0.1:9; no connection'): download('v1.5', folder=tmp_path, mirror='http://127.0.0.1:9', files=files, shown=False)
+
+
+def test_wrong_hash_is_named_and_thrown_away(shelf, files, hub, tmp_path):
+    lying = tuple(replace(file, sha256='0'*64) if file.path.endswith('unet.pth') else file for file in files)
+    with pytest.raises(BundleError, match='is not musetalkV15/unet.pth .it has SHA-256 .*not 000000'): download('v1.5', folder=tmp_path, mirror=hub.address, files=lying, shown=False)
+    assert not list((tmp_path/'musetalkV15').glob('*unet*')) and file_state(files[-1], tmp_path).state == 'whole' # the others came
+
+
+def test_server_that_is_short_of_bytes(files, hub, tmp_path):
+    longer = tuple(replace(file, bytes=file.bytes + 1) for file in files if file.path.endswith('unet.pth'))
+    with pytest.raises(BundleError, match='bytes, not'): download('v1.5', folder=tmp_path, mirror=hub.address, files=longer, shown=False)
+
+
+def test_unknown_hash_is_recorded_then_enforced(shelf, files, hub, tmp_path):
+    unknown = tuple(replace(file, bytes=None, sha256=None) for file in files if file.path == 'musetalk/pytorch_model.bin')
+    download('v1.0', folder=tmp_path, mirror=hub.address, files=unknown, shown=False)
+    assert read_json(tmp_path/'downloads.json')['musetalk/pytorch_model.bin']['sha256'] == sha256_file(shelf/'musetalk/pytorch_model.bin')
+    (tmp_path/'musetalk/pytorch_model.bin').unlink()
+    changed = tmp_path/'shelf/musetalk/pytorch_model.bin'
+    changed.parent.mkdir(parents=True)
+    body = (shelf/'musetalk/pytorch_model.bin').read_bytes()
+    changed.write_bytes(body[:-1] + bytes([body[-1] ^ 1]))
+    with pytest.raises(BundleError, match='SHA-256'): download('v1.0', folder=tmp_path, mirror=str(tmp_path/'shelf'), files=unknown, shown=False)
+
+
+def test_full_disk_before_and_during(files, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, 'disk_usage', lambda place: shutil._ntuple_diskusage(10, 10, 5))
+    with pytest.raises(BundleError, match='GB left and needs'): download('v1.5', folder=tmp_path, mirror=hub.address, files=files, shown=False)
+    monkeypatch.undo()
+    monkeypatch.setattr(models, '_closing', lambda source, pieces: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
+    with pytest.raises(MediaError, match='the disk is full'): download('v1.5', folder=tmp_path, mirror=hub.address, files=files, shown=False)
+
+
+@pytest.mark.skipif(os.name == 'nt' or getattr(os, 'geteuid', lambda: 1)() == 0, reason='the superuser may write everywhere')
+def test_read_only_folder(files, hub, tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(MediaError, match='not writable'): download('v1.5', folder=tmp_path/'models', mirror=hub.address, files=files, shown=False)
+    finally: tmp_path.chmod(0o700)
+
+
+def test_folder_that_is_a_file(files, hub, tmp_path):
+    (tmp_path/'models').touch()
+    with pytest.raises(MediaError, match='part of its folder is a file|has that name'): download('v1.5', folder=tmp_path/'models', mirror=hub.address, files=files, shown=False)
+
+
+def test_files_placed_by_hand_are_checked_and_kept(shelf, files, hub, tmp_path):
+    shutil.copytree(shelf, tmp_path/'models')
+    states = download('v1.5', folder=tmp_path/'models', mirror=hub.address, files=files, shown=False)
+    assert not hub.log and {state.state for state in states} == {'whole'}
+    (tmp_path/'models/sd-vae/config.json').write_text('{}')
+    with pytest.raises(BundleError, match='sd-vae/config.json is not the official file'): download('v1.5', folder=tmp_path/'models', mirror=hub.address, files=files, shown=False)
+    assert (tmp_path/'models/sd-vae/config.json').read_text() == '{}'
+
+
+def test_plain_copies_serve_as_mirrors(shelf, files, tmp_path):
+    "A folder, and a web server that knows neither the hub's addresses nor ranges"
+    download('v1.5', folder=tmp_path/'one', mirror=str(shelf), files=files, shown=False)
+    server = subprocess.Popen([sys.executable, '-u', '-m', 'http.server', '0', '--bind', '127.0.0.1', '--directory', str(shelf)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        port = server.stdout.readline().split(' port ')[1].split()[0]
+        (tmp_path/'two/musetalkV15').mkdir(parents=True)
+        (tmp_path/'two/musetalkV15/.unet.pth.partial').write_bytes(b'old')
+        states = download('v1.5', folder=tmp_path/'two', mirror=f'http://127.0.0.1:{port}', files=files, shown=False)
+    finally:
+        server.terminate()
+        server.wait()
+    assert {state.state for state in states} == {'whole'}
+
+
+def test_state_words(shelf, files, tmp_path):
+    assert {model.name: model.state for model in list_models(folder=tmp_path, files=files)}['v1.5'] == 'missing'
+    download('v1.5', folder=tmp_path, mirror=str(shelf), files=files, shown=False)
+    assert {model.name: model.state for model in list_models(folder=tmp_path, files=files)}['v1.5'] == 'whole'
+    unet = tmp_path/'musetalkV15/unet.pth'
+    body = bytearray(unet.read_bytes())
+    body[1000] ^= 1
+    unet.write_bytes(body)
+    state = lambda check: next(model for model in list_models(check, tmp_path, files) if model.name == 'v1.5')
+    assert state(False).state == 'unchecked' and state(True).state == 'damaged'
+    assert next(file for file in state(True).files if file.state == 'damaged').problem.startswith('its SHA-256 is')
+    unet.write_bytes(body[:100])
+    assert state(False).state == 'damaged'
+    unet.rename(tmp_path/'musetalkV15/.unet.pth.partial')
+    assert state(False).state == 'incomplete'
+
+
+def test_bundles_are_listed_and_checked(toy_folder, tmp_path, monkeypatch):
+    shutil.copytree(toy_folder, tmp_path/'toy')
+    state = lambda check: next(model for model in list_models(check, tmp_path) if model.folder == str(tmp_path/'toy'))
+    assert state(True).state == 'whole' and state(True).bytes == state(True).total
+    weights = tmp_path/'toy/unet/diffusion_pytorch_model.safetensors'
+    body = bytearray(weights.read_bytes())
+    body[-1] ^= 1
+    weights.write_bytes(body)
+    assert state(False).state == 'whole' and state(True).state == 'damaged' and 'SHA-256 differs' in state(True).about
+    weights.unlink()
+    assert state(False).state == 'incomplete'
+
+
+def test_where_downloads_go(tmp_path, monkeypatch):
+    monkeypatch.setenv('MUSETALK_MODELS', os.pathsep.join([str(tmp_path/'not yet'), str(tmp_path)]))
+    assert models_folder() == tmp_path/'not yet'
+    with pytest.raises(BundleError, match='choose v1.5'): chosen_files('sd-vae')
+
+
+# Loading
+
+def test_loads_as_diffusers_and_transformers_would(shelf, monkeypatch):
+    from diffusers import AutoencoderKL
+    from transformers import WhisperForConditionalGeneration
+    monkeypatch.setenv('MUSETALK_MODELS', str(shelf))
+    bundle = load_official('v1.5', 'cpu', 'fp32')
+    pictures = torch.randn(1, 3, 256, 256).clamp(-1, 1)
+    vae = AutoencoderKL.from_pretrained(shelf/'sd-vae', local_files_only=True, low_cpu_mem_usage=False).eval()
+    with torch.no_grad(): wanted = vae.encode(pictures).latent_dist.mode()*.18215
+    torch.testing.assert_close(bundle.vae.encode(pictures), wanted, atol=1e-4, rtol=1e-4)
+    whisper = WhisperForConditionalGeneration.from_pretrained(shelf/'whisper', local_files_only=True).eval()
+    with torch.no_grad(): states = whisper.model.encoder(torch.ones(1, 80, 3000)*.3, output_hidden_states=True).hidden_states
+    ours = bundle.audio_encoder.states(torch.ones(1, 80, 3000)*.3, 0, 1500)
+    for number in range(5): torch.testing.assert_close(ours[number], states[number][0], atol=1e-4, rtol=1e-4)
+    assert bundle.positional_encoding and (bundle.left, bundle.right, bundle.crop_rule.name, bundle.crop_rule.extra_margin) == (2, 2, 'half_face', 10)
+
+
+def test_versions_differ_by_their_margin(shelf, monkeypatch):
+    monkeypatch.setenv('MUSETALK_MODELS', str(shelf))
+    assert load_official('v1', 'cpu', 'fp32').crop_rule.extra_margin == 0 and find_official('V15').unet == shelf/'musetalkV15/unet.pth'
+    assert is_official(shelf/'musetalk') and not is_official('mini') and not is_official(shelf/'sd-vae')
+
+
+def test_own_checkpoint_of_the_original_trainer(shelf, tmp_path, monkeypatch):
+    monkeypatch.setenv('MUSETALK_MODELS', str(shelf))
+    (tmp_path/'exp').mkdir()
+    shutil.copy(shelf/'musetalkV15/unet.pth', tmp_path/'exp/unet-2000.pth')
+    shutil.copy(shelf/'musetalkV15/musetalk.json', tmp_path/'exp')
+    assert load_official(tmp_path/'exp/unet-2000.pth', 'cpu', 'fp32').crop_rule.extra_margin == 10
+
+
+def test_official_unet_has_686_tensors():
+    from musetalk.unet import LatentPainter
+    with torch.device('meta'): network = LatentPainter(OFFICIAL_UNET).network
+    assert len(network.state_dict()) == 686 and sum(tensor.numel() for tensor in network.state_dict().values()) == 849_947_844
+    assert not [name for name in network.state_dict() if name not in dict(network.named_parameters())] # no buffers: nothing is left on 'meta'
+
+
+@pytest.mark.parametrize('name', ['musetalkV15/unet.pth', 'sd-vae/diffusion_pytorch_model.bin', 'whisper/pytorch_model.bin'])
+@pytest.mark.parametrize('share', [0, .3, .98])
+def test_truncated_weights_are_named(shelf, tmp_path, monkeypatch, name, share):
+    shutil.copytree(shelf, tmp_path/'models')
+    monkeypatch.setenv('MUSETALK_MODELS', str(tmp_path/'models'))
+    body = (shelf/name).read_bytes()
+    (tmp_path/'models'/name).write_bytes(body[:int(share*len(body))])
+    with pytest.raises(BundleError, match=f'{Path(name).name}.* is damaged'): load_official('v1.5', 'cpu', 'fp32')
+
+
+class Bomb:
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return (open, (str(self.path), 'w'))
+
+
+@pytest.mark.parametrize('name', ['musetalkV15/unet.pth', 'sd-vae/diffusion_pytorch_model.bin', 'whisper/pytorch_model.bin'])
+@pytest.mark.parametrize('bare', [False, True])
+@pytest.mark.filterwarnings('ignore:Detected pickle protocol')
+def test_pickle_bombs_do_not_go_off(shelf, tmp_path, monkeypatch, name, bare):
+    shutil.copytree(shelf, tmp_path/'models')
+    monkeypatch.setenv('MUSETALK_MODELS', str(tmp_path/'models'))
+    if bare: (tmp_path/'models'/name).write_bytes(pickle.dumps(Bomb(tmp_path/'boom')))
+    else: torch.save({'conv_in.weight': Bomb(tmp_path/'boom')}, tmp_path/'models'/name)
+    with pytest.raises(BundleError, match=Path(name).name): load_official('v1.5', 'cpu', 'fp32')
+    assert not (tmp_path/'boom').exists()
+
+
+@pytest.mark.parametrize('change,sentence', [
+    (dict(in_channels=32, out_channels=16), 'is the faulty file that was published for a while'), (dict(in_channels=9), 'belong to different models'),
+    (dict(cross_attention_dim=64), 'is .32, 32., not .32, 64.'), (dict(layers_per_block=2), "has no 'down_blocks")])
+def test_configuration_of_another_network(shelf, tmp_path, change, sentence):
+    write_json(tmp_path/'musetalk.json', read_json(shelf/'musetalkV15/musetalk.json') | change)
+    with pytest.raises(BundleError, match=sentence): load_unet(shelf/'musetalkV15/unet.pth', tmp_path/'musetalk.json')
+
+
+def test_parts_that_do_not_belong_together(shelf, tmp_path, monkeypatch):
+    shutil.copytree(shelf, tmp_path/'models')
+    monkeypatch.setenv('MUSETALK_MODELS', str(tmp_path/'models'))
+    shutil.rmtree(tmp_path/'models/whisper')
+    with pytest.raises(BundleError, match='The folder whisper, which belongs to'): load_official('v1.5', 'cpu')
+    write_official(tmp_path/'wide', whisper=dict(d_model=64, encoder_layers=4, encoder_attention_heads=2, encoder_ffn_dim=64, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=32, vocab_size=60,
+                                                 pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, max_target_positions=8), versions=())
+    shutil.copytree(tmp_path/'wide/whisper', tmp_path/'models/whisper')
+    with pytest.raises(BundleError, match='features of 64 numbers, but .* attends to 32: take whisper-tiny'): load_official('v1.5', 'cpu', 'fp32')
+    (tmp_path/'models/sd-vae/diffusion_pytorch_model.bin').unlink()
+    with pytest.raises(BundleError, match='lacks config.json or'): load_official_vae(tmp_path/'models/sd-vae')
+
+
+def test_other_peoples_weights_are_not_ours(shelf):
+    with pytest.raises(BundleError, match='no UNet of MuseTalk'): load_unet(shelf/'sd-vae/diffusion_pytorch_model.bin')
+    assert set(read_weights(shelf/'musetalk/pytorch_model.bin')) == set(read_weights(shelf/'musetalkV15/unet.pth'))
+
+
+def test_half_precision(shelf, monkeypatch):
+    monkeypatch.setenv('MUSETALK_MODELS', str(shelf))
+    exact, coarse = (load_official('v1.5', 'cpu', dtype) for dtype in ('fp32', 'bf16'))
+    latents, tokens = torch.randn(2, 8, 32, 32), torch.randn(2, 50, 32)
+    with torch.no_grad(): one, two = (bundle.painter.network(latents.to(bundle.dtype), 0, tokens.to(bundle.dtype)).sample.float() for bundle in (exact, coarse))
+    assert coarse.painter.dtype == torch.bfloat16 and (one - two).abs().max() < .1*one.abs().max()
+
+
+# From the server to the video
+
+def test_server_to_video(files, hub, tmp_path, portrait, monkeypatch):
+    "Download, load, dub"
+    monkeypatch.setenv('MUSETALK_MODELS', str(tmp_path/'models'))
+    download('v1.5', mirror=hub.address, files=files, shown=False)
+    save_image(tmp_path/'she.png', portrait)
+    write_audio(tmp_path/'words.wav', np.float32(.2*np.sin(np.arange(16000)/20)))
+    report = dub(tmp_path/'she.png', tmp_path/'words.wav', tmp_path/'out.mp4', load_official('v1.5', 'cpu', 'fp32'), progress=False)
+    assert (report.frames, report.frames_missed, report.bundle['name']) == (25, 0, 'MuseTalk 1.5')
+    assert VideoSource(tmp_path/'out.mp4').frame_count == 25
+
+
+@pytest.mark.skipif(not os.environ.get('RUN_SLOW'), reason='takes 6 GB and minutes; set RUN_SLOW=1')
+def test_full_size_from_server_to_video(tmp_path, portrait, monkeypatch):
+    "The same at full size, for two seconds"
+    shelf = write_official(tmp_path/'shelf', {}, FULL_VAE, FULL_WHISPER, ('v1.5',))
+    files, (voice, rate) = manifest(shelf), (np.float32(.2*np.sin(np.arange(32000)/20)), 16000)
+    assert len(read_weights(shelf/'musetalkV15/unet.pth')) == 686 and len(read_weights(shelf/'sd-vae/diffusion_pytorch_model.bin')) == 248
+    hub = Hub(shelf, files)
+    hub.cut = 1_500_000_000
+    try: states = download('v1.5', folder=tmp_path/'models', mirror=hub.address, files=files, shown=False)
+    finally: hub.close()
+    assert {state.state for state in states} == {'whole'} and len([path for path, _ in hub.log if path.endswith('unet.pth')]) > 2
+    shutil.rmtree(shelf)
+    monkeypatch.setenv('MUSETALK_MODELS', str(tmp_path/'models'))
+    bundle = load_official('v1.5', 'cpu', os.environ.get('SLOW_DTYPE', 'fp32'))
+    assert sum(parameter.numel() for parameter in bundle.painter.parameters()) == 849_947_844
+    assert sum(parameter.numel() for parameter in bundle.vae.model.parameters()) == 83_653_863
+    save_image(tmp_path/'she.png', portrait)
+    write_audio(tmp_path/'words.wav', voice, rate)
+    report = dub(tmp_path/'she.png', tmp_path/'words.wav', tmp_path/'out.mp4', bundle, progress=False)
+    print(json.dumps(report.stages_per_frame))
+    assert (report.frames, report.frames_missed) == (50, 0) and VideoSource(tmp_path/'out.mp4').frame_count == 50
