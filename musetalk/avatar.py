@@ -310,7 +310,7 @@ def held(
         try: yield
         finally: _used[folder] -= 1
 
-# %% ../nbs/61_avatar.ipynb #05dba9f5
+# %% ../nbs/61_avatar.ipynb #7a9481b1
 SHARD = 64 # frames in a file
 
 class Avatar:
@@ -324,7 +324,7 @@ class Avatar:
         self.name, self.settings, self.loop = self.info['name'], dub_settings(**self.info['settings']), self.info['loop']
         source = VideoSource(self.folder/self.info['footage'], self.info['fps'])
         self.fps, self.width, self.height, self.frame_count = source.fps, source.width, source.height, self.info['frames']
-        self.footage, self._files, self._lock = Footage(source), {}, Lock()
+        self.footage, self._files, self._rows, self._lock = Footage(source), {}, OrderedDict(), Lock()
 
     def __repr__(self): return f'Avatar({self.name!r}, {self.width}x{self.height}, {self.frame_count} frames at {self.fps} fps)'
 
@@ -343,16 +343,22 @@ class Avatar:
     def face(self, index:int) -> tuple: # `(PreparedFace, RestFace)`, or None twice where there is no face
         "What was prepared of a frame"
         with self._lock:
-            number = index//SHARD
-            if number not in self._files: self._files[number] = FaceFile(self.folder/f'faces-{number:05d}.safetensors')
-            face, rest = self._files[number][index % SHARD]
+            if index in self._rows: self._rows.move_to_end(index)
+            else: self._rows[index] = self._read(index)
+            while len(self._rows) > 48: self._rows.popitem(last=False)
+            return self._rows[index]
+
+    def _read(self, index):
+        number = index//SHARD
+        if number not in self._files: self._files[number] = FaceFile(self.folder/f'faces-{number:05d}.safetensors')
+        face, rest = self._files[number][index % SHARD]
         if face is not None and face.latents is not None: face.latents = face.latents.to(self.bundle.device, self.bundle.dtype)
         return face, rest
 
     def close(self):
         "Let go of files and frames; the avatar opens them again when it is used"
         self.footage.close()
-        with self._lock: self._files.clear()
+        with self._lock: self._files.clear(); self._rows.clear()
 
 # %% ../nbs/61_avatar.ipynb #a1beee69
 def _sweep(root):
