@@ -95,7 +95,7 @@ def _wrong_json(said, config):
     if said == (32, 16): return f'it is the faulty file that was published for a while with version 1.5; delete {config} and run `musetalk download v1.5`.'
     return 'the two belong to different models; fetch both again.'
 
-# %% ../nbs/35_official.ipynb #4e0e8137
+# %% ../nbs/35_official.ipynb #5a290ca9
 OLD_ATTENTION = dict(query='to_q', key='to_k', value='to_v', proj_attn='to_out.0')
 
 def load_official_vae(
@@ -114,7 +114,7 @@ def load_official_vae(
     with torch.device('meta'): model = AutoencoderKL.from_config(config)
     check_fit(weights, model, file, folder/'config.json')
     model.load_state_dict(weights, assign=True)
-    return FaceVAE(model.to(device, dtype).eval().requires_grad_(False))
+    return FaceVAE(torch.nn.Module.to(model, device, dtype).eval().requires_grad_(False))
 
 # %% ../nbs/35_official.ipynb #8201a0bf
 OFFICIAL = {

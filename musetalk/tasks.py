@@ -55,13 +55,16 @@ class Task:
     settings:dict=field(default_factory=dict) # Values of `DubSettings`
 
 def _located(name, beside):
-    path = Path(name).expanduser()
-    return beside/path if not path.exists() and (beside/path).exists() else path
+    "The path as it is, or seen from the file's folder or the two above it"
+    path, beside = Path(name).expanduser(), Path(beside)
+    places = [path, beside/path, beside.resolve().parent/path, beside.resolve().parent.parent/path]
+    return next((place for place in places if place.exists()), path)
 
 def _task(name, given, beside, folder, bundle, defaults):
     "Check one task"
     known = ['video_path', 'audio_path', 'result_name', 'bundle', *(item.name for item in fields(DubSettings))]
     if not isinstance(given, dict): raise ConfigError(f"Task '{name}' is no mapping; give it video_path and audio_path.")
+    if 'audio_clips' in given: raise ConfigError(f"'{name}' is an avatar, not a dub, since it has audio_clips: use `musetalk avatar --config`.")
     for key in given:
         if key not in known: raise ConfigError(f"Task '{name}' has the unknown key '{key}'; known are {', '.join(known)}.")
     for key in ('video_path', 'audio_path'):
