@@ -290,7 +290,7 @@ class FaceAlignmentBackend(FaceBackend):
 # %% ../nbs/11_face.ipynb #01a578ba
 def _weight_file(folder, pattern):
     found = sorted(path for path in [*folder.glob(pattern), *folder.glob(f'checkpoints/{pattern}')] if path.is_file())
-    if not found: raise FaceError(f'no weights {pattern} in {folder}: put the files of face-alignment there, or use the dlib backend')
+    if not found: raise FaceError(f'no weights {pattern} in {folder}: run `musetalk download face`, or use the dlib backend')
     return found[-1]
 
 def _load_face_alignment(detector_file, landmark_file, device=None):
@@ -298,8 +298,9 @@ def _load_face_alignment(detector_file, landmark_file, device=None):
     try: from face_alignment import FaceAlignment, LandmarksType, api
     except ImportError as error: raise FaceError('the package face-alignment is missing: pip install face-alignment') from error
     def local(url, *args, **kwargs):
-        if '2DFAN4' in str(url): return str(landmark_file)
-        raise FaceError(f'face-alignment asked for {Path(str(url)).name}, which is not in {landmark_file.parent}')
+        asked = landmark_file.with_name(Path(str(url)).name) # each version of the package has its own file
+        if asked.is_file(): return str(asked)
+        raise FaceError(f'this face-alignment wants {asked.name}, which is not in {asked.parent}: run `musetalk download face`, or use the dlib backend')
     original, api.load_file_from_url = api.load_file_from_url, local
     try:
         return FaceAlignment(LandmarksType.TWO_D, device=str(device or choose_device()), flip_input=False, face_detector='sfd',
@@ -317,7 +318,7 @@ def face_backend(name:str=None # 'dlib', 'face-alignment' or None
     folders = [folder/'face-alignment' for folder in find_models() if (folder/'face-alignment').is_dir()]
     if name == 'dlib' or (name is None and not (folders and find_spec('face_alignment'))): return DlibBackend()
     if name not in (None, 'face-alignment'): raise FaceError(f"unknown face backend '{name}': use 'dlib' or 'face-alignment'")
-    if not folders: raise FaceError('no folder face-alignment with weights under models: put s3fd*.pth and 2DFAN4* there')
+    if not folders: raise FaceError('no folder face-alignment with weights under models: run `musetalk download face`')
     return FaceAlignmentBackend(folders[0])
 
 # %% ../nbs/11_face.ipynb #043a4789

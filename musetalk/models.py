@@ -50,9 +50,9 @@ class ModelFile:
         "Under what terms it may be used"
         return self.licence or HUBS[self.hub][2]
 
-# %% ../nbs/64_models.ipynb #c9895571
+# %% ../nbs/64_models.ipynb #b8301cbb
 BOTH, FAN, TORCH = ('v1.5', 'v1.0'), 'https://www.adrianbulat.com/downloads/python-fan/', 'https://download.pytorch.org/models/'
-ABOUT = 3_400_000_000 # bytes of a file whose size is not known, for sums: that of the other UNet
+ABOUT = {'musetalk/pytorch_model.bin': 3_400_000_000, 'face-alignment/2DFAN4-11f355bf06.pth.tar': 96_000_000} # bytes where the size is not known, for sums only
 UNET_JSON = '5b6923aee04d71692e0e9846c471e0a4ea07a4f686d39545e472bd4ba17e1b47' # of both versions
 
 FILES = tuple(ModelFile(*line) for line in (
@@ -68,8 +68,8 @@ FILES = tuple(ModelFile(*line) for line in (
     ('face-parse-bisent/79999_iter.pth', 'parser', '79999_iter.pth', 53289463, '468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567', BOTH),
     ('face-alignment/s3fd-619a316812.pth', 'latentsync', 'auxiliary/s3fd-619a316812.pth', 89843225,
      '619a31681264d3f7f7fc7a16a42cbbe8b23f31a256f75a366e5a1bcd59b33543', ('face',), (FAN + 's3fd-619a316812.pth',), 'BSD-3-Clause; trained on WIDER FACE, which is for research'),
-    ('face-alignment/2DFAN4-cd938726ad.zip', 'latentsync', 'auxiliary/2DFAN4-cd938726ad.zip', 96316515,
-     'cd938726adb1f15f361263cce2db9cb820c42585fa8796ec72ce19107f369a46', ('face',), (FAN + '2DFAN4-cd938726ad.zip',), 'BSD-3-Clause; trained on 300W-LP, which is for research'),
+    ('face-alignment/2DFAN4-11f355bf06.pth.tar', None, '', None, '11f355bf0693120222f5955ce3f9dc8fb5763ebb30a47d7906e509490d32e4aa', ('face',),
+     (FAN + '2DFAN4-11f355bf06.pth.tar',), 'BSD-3-Clause; trained on 300W-LP, which is for research'),
     ('syncnet/latentsync_syncnet.pt', 'latentsync', 'latentsync_syncnet.pt', 1488019828, '38fa63bad3ed2332f647c40a5dc616cb0e233db8579f698f62af4c41965c4da5', ('training',)),
     ('vgg19/vgg19-dcbb9e9d.pth', None, '', 574673361, 'dcbb9e9dad569fff7a846263a77324fc34978fea2bfb039c012d710e1776ae44', ('training',), (TORCH + 'vgg19-dcbb9e9d.pth',), 'BSD-3-Clause'),
     ('face-parse-bisent/resnet18-5c106cde.pth', 'parser', 'resnet18-5c106cde.pth', 46827520,
@@ -274,7 +274,7 @@ def models_folder() -> Path: # May not exist yet
     if named: return Path(named[0])
     return next((place for place in find_models() if place.name != 'musetalk_models'), Path('models'))
 
-# %% ../nbs/64_models.ipynb #d9f80420
+# %% ../nbs/64_models.ipynb #72166d3a
 def _missing(wanted, folder):
     "Files to fetch; those that are there are checked and recorded"
     record, missing = recorded(folder), []
@@ -285,13 +285,13 @@ def _missing(wanted, folder):
             if now.state != 'damaged': _note(file, folder, 'was there')
         if now.state == 'damaged': raise BundleError(f'{Path(folder)/file.path} is not the official file ({now.problem}): move it elsewhere, then download again.')
         if now.state != 'whole' and not (Path(folder)/file.path).is_file(): missing.append(file)
-    return sorted(missing, key=lambda file: -(file.bytes or ABOUT))
+    return sorted(missing, key=lambda file: -(file.bytes or ABOUT.get(file.path, 0)))
 
-# %% ../nbs/64_models.ipynb #1f7301d1
+# %% ../nbs/64_models.ipynb #928d81c2
 def _download(wanted, folder, mirror, workers, shown):
     missing, stopped, lock, sizes = _missing(wanted, folder), threading.Event(), threading.Lock(), {}
     if not missing: return
-    with progress(total=sum(file.bytes or ABOUT for file in missing), desc='download', enabled=shown) as bar, ThreadPoolExecutor(workers) as pool:
+    with progress(total=sum(file.bytes or ABOUT.get(file.path, 0) for file in missing), desc='download', enabled=shown) as bar, ThreadPoolExecutor(workers) as pool:
         bar.unit, bar.unit_scale = 'B', True
         def note(*facts):
             with lock: _note(facts[0], folder, *facts[1:])
@@ -326,7 +326,7 @@ def _together(states):
     if words & {'missing', 'partial'}: return 'missing' if words == {'missing'} else 'incomplete'
     return 'unchecked' if 'unchecked' in words else 'whole'
 
-# %% ../nbs/64_models.ipynb #5aa487ad
+# %% ../nbs/64_models.ipynb #f184e4db
 def list_models(
     check:bool=False, # Read and hash every file
     folder=None, # The `models` folder of downloads; None: `models_folder()`
@@ -342,7 +342,7 @@ def list_models(
         states = [file_state(file, folder, check and (folder/file.path).is_file(), record) for file in chosen_files(group, files=files)]
         if not states: continue
         licence = '; '.join(dict.fromkeys(state.licence.split(';')[0] for state in states))
-        found.append(ModelState(group, _together(states), sum(state.bytes for state in states), sum(state.expected or max(state.bytes, ABOUT) for state in states), licence, about, str(folder), states))
+        found.append(ModelState(group, _together(states), sum(state.bytes for state in states), sum(state.expected or max(state.bytes, ABOUT.get(state.path, 0)) for state in states), licence, about, str(folder), states))
     return found
 
 # %% ../nbs/64_models.ipynb #920fd540

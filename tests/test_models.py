@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from official import FULL_VAE, FULL_WHISPER, Hub, manifest, write_official
+from official import FULL_VAE, FULL_WHISPER, Hub, manifest, recipe, write_official
 
 from musetalk import models
 from musetalk.core import BundleError, MediaError, read_json, save_image, sha256_file, write_json
@@ -305,6 +305,27 @@ def test_half_precision(shelf, monkeypatch):
     latents, tokens = torch.randn(2, 8, 32, 32), torch.randn(2, 50, 32)
     with torch.no_grad(): one, two = (bundle.painter.network(latents.to(bundle.dtype), 0, tokens.to(bundle.dtype)).sample.float() for bundle in (exact, coarse))
     assert coarse.painter.dtype == torch.bfloat16 and (one - two).abs().max() < .1*one.abs().max()
+
+
+# Face detection by the package face-alignment
+
+def test_face_alignment_reads_its_files_from_the_models_folder(tmp_path, portrait, monkeypatch):
+    "S3FD and FAN with weights of the recipe, in the formats and under the names of their makers"
+    pytest.importorskip('face_alignment')
+    from face_alignment.detection.sfd.net_s3fd import s3fd
+    from face_alignment.models import FAN
+    from musetalk.face import FaceAlignmentBackend, face_backend
+    (tmp_path/'models/face-alignment').mkdir(parents=True)
+    for name, network in (('s3fd-619a316812.pth', s3fd()), ('2DFAN4-11f355bf06.pth.tar', FAN(4))):
+        state = network.state_dict()
+        torch.save({key: value.to(state[key].dtype) for key, value in recipe(3, {key: tuple(tensor.shape) for key, tensor in state.items()}).items()}, tmp_path/'models/face-alignment'/name)
+        if name.startswith('s3fd'): assert (len(state), sum(tensor.numel() for tensor in state.values())) == (65, 22_459_110)
+    monkeypatch.setenv('MUSETALK_MODELS', str(tmp_path/'models'))
+    monkeypatch.setenv('MUSETALK_DEVICE', 'cpu')
+    backend = face_backend()
+    assert isinstance(backend, FaceAlignmentBackend) and isinstance(backend.detect(portrait), list)
+    landmarks, score = backend.locate(portrait, (30, 30, 130, 140))
+    assert landmarks.shape == (68, 2) and landmarks.dtype == np.float32 and 0 <= score <= 1
 
 
 # From the server to the video
