@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['demo_portrait', 'demo_speech', 'drifting_portrait', 'speech_of_length', 'machine_kind', 'bench_dub', 'peak_megabytes',
-           'bench_memory']
+           'bench_memory', 'resident_megabytes', 'bench_stream']
 
 # %% ../nbs/66_bench.ipynb #1ee3da46
 import json
@@ -13,9 +13,11 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from datetime import date
 from fractions import Fraction
 from pathlib import Path
+from threading import Thread
 
 import cv2
 import numpy as np
@@ -88,7 +90,6 @@ def bench_dub(
     **settings, # Values of `DubSettings`
 ) -> dict: # Figures, ready for JSON
     "Measure one dub from end to end"
-    import time
     from musetalk.bundle import load_bundle
     from musetalk.dub import dub
     start = time.perf_counter()
@@ -152,3 +153,110 @@ def bench_memory(
             runs.append(_peak_of(video=str(footage.resolve()), audio=str(speech), out=str(Path(folder)/'out.mp4'), bundle=str(bundle), device=device, **settings))
     return dict(measured='peak resident memory of a dub, each in a process of its own', machine=machine_kind(), date=date.today().isoformat(),
                 video=footage.name, bundle=str(bundle), runs=runs, growth=round(runs[-1]['peak_megabytes']/runs[0]['peak_megabytes'] - 1, 4))
+
+# %% ../nbs/66_bench.ipynb #94c2678d
+def resident_megabytes() -> float: # Of this process, now
+    "Memory this process holds; 0 where the system does not tell"
+    status = Path('/proc/self/status')
+    if not status.exists(): return 0.
+    return int(next(line for line in status.read_text().splitlines() if line.startswith('VmRSS')).split()[1])/1000*1.024
+
+def _said_by(stream, samples, rate=16000, piece=320, speed=1.): # a thread that pushes sound `speed` times as fast as it is spoken
+    def speak():
+        start = time.perf_counter()
+        for first in range(0, len(samples), piece):
+            try: stream.push(samples[first:first + piece])
+            except MuseTalkError: return
+            pause = start + (first + piece)/rate/speed - time.perf_counter() if speed else 0
+            if pause > 0: time.sleep(pause)
+        stream.end()
+    thread = Thread(target=speak, daemon=True, name='musetalk-bench')
+    thread.start()
+    return thread
+
+def _sustained(avatar, samples):
+    "All frames of a speech, as fast as they come"
+    from musetalk.stream import AvatarStream
+    with AvatarStream(avatar, live=False, check=False, quiet=None) as stream:
+        thread = _said_by(stream, samples, piece=16000, speed=None)
+        while not stream.pull(None).speaking: pass
+        frames, sound, memory, start, spent = 1, 0, [], time.perf_counter(), time.process_time()
+        while (frame := stream.pull(None)).speaking:
+            frames, sound, last = frames + 1, sound + len(frame.samples), frame
+            if frames % 250 == 0: memory.append(round(resident_megabytes(), 1))
+        took, spent = time.perf_counter() - start, time.process_time() - spent
+        thread.join()
+        figures = stream.figures()
+    return dict(frames=frames, frames_per_second=round((frames - 1)/took, 2), processor_milliseconds_per_frame=round(1000*spent/frames, 2),
+                drift_ms=round(abs((sound + len(last.samples))/16000 - last.spoken)*1000, 3), milliseconds_per_frame=figures['milliseconds_per_frame'], memory_megabytes=memory)
+
+# %% ../nbs/66_bench.ipynb #b80c919f
+def _paced(streams, samples, seconds):
+    "Frames at their own rate in several streams at once, speech from microphones"
+    shown = [[] for _ in streams]
+    def watch(stream, times):
+        for frame in stream.frames(seconds): times.append((time.perf_counter(), frame.speaking, len(frame.samples)))
+    speakers = [_said_by(stream, samples[:int((seconds - 2)*16000)]) for stream in streams]
+    watchers = [Thread(target=watch, args=pair, daemon=True, name='musetalk-bench') for pair in zip(streams, shown)]
+    for thread in watchers: thread.start()
+    for thread in [*watchers, *speakers]: thread.join()
+    results = []
+    for stream, times in zip(streams, shown):
+        intervals = 1000*np.diff([moment for moment, _, _ in times])
+        sound = sum(samples for _, _, samples in times)/stream.sample_rate
+        results.append(dict(frames_per_second=round(1000/float(intervals.mean()), 2), interval_p95_ms=round(float(np.quantile(intervals, .95)), 1), interval_max_ms=round(float(intervals.max()), 1),
+                            late_frames=stream.late, speaking_frames=sum(speaking for _, speaking, _ in times), drift_ms=round(1000*abs(sound - float(len(times)/stream.fps)), 3)))
+    return results
+
+def _first_frame(avatar, samples, piece, speed, times=5):
+    "Milliseconds from the first piece of speech to the first talking frame: median of some trials"
+    from musetalk.stream import AvatarStream
+    waits = []
+    with AvatarStream(avatar, check=False) as stream:
+        frames = stream.frames()
+        for _ in range(times):
+            for _ in range(12): next(frames)
+            thread, start = _said_by(stream, samples[:16000], piece=piece, speed=speed), time.perf_counter()
+            while not next(frames).speaking: pass
+            waits.append(1000*(time.perf_counter() - start))
+            thread.join()
+            stream.interrupt()
+    return round(float(np.median(waits)))
+
+# %% ../nbs/66_bench.ipynb #250690ad
+def bench_stream(
+    video:str|Path|None=None, # Footage; None: a drifting portrait, 512 wide
+    audio:str|Path|None=None, # Speech, repeated or cut to length
+    seconds:float=60, # Length of the speech of the sustained run
+    bundle:str='mini', # Model
+    device:str|None=None, # 'cuda', 'mps', 'cpu'; None chooses
+    paced:float=20, # Seconds of each run at the frames' own rate, over 4
+    sessions:tuple=(2, 4), # Streams that are opened at once
+    **settings, # Values of `DubSettings`
+) -> dict: # Figures, ready for JSON
+    "Measure a live avatar from sound to finished frame"
+    from musetalk.avatar import Avatar
+    from musetalk.bundle import load_bundle
+    from musetalk.stream import AvatarStream, Batcher, CapacityError
+    model = load_bundle(bundle, device)
+    with tempfile.TemporaryDirectory() as folder:
+        if video is None: drifting_portrait(video := Path(folder)/'portrait.mp4', size=512)
+        samples = np.concatenate(list(audio_blocks(audio or demo_speech())))
+        samples = np.resize(samples[np.abs(samples).argmax()//2:], int(max(seconds, paced)*16000))
+        avatar = Avatar.prepare(video, 'bench', model, folder, progress=False, **settings)
+        held = {}
+        sustained = _sustained(avatar, samples[:int(seconds*16000)])
+        with AvatarStream(avatar, check=False) as stream: single = _paced([stream], samples, paced)[0]
+        first = dict(microphone_ms=_first_frame(avatar, samples, 320, 1.), voice_ms=_first_frame(avatar, samples, 4000, 4.), look_ahead_ms=round(1000*stream.latency))
+        for count in sessions:
+            with Batcher(model) as batcher:
+                streams = []
+                for _ in range(count):
+                    try: streams.append(AvatarStream(avatar, batcher))
+                    except CapacityError as error: held[f'{count} refusal'] = str(error); break
+                held[str(count)] = dict(asked=count, admitted=len(streams), streams=_paced(streams, samples, paced/2) if streams else [])
+                for stream in streams: stream.close()
+        facts = dict(width=avatar.width, height=avatar.height, fps=str(avatar.fps), frames=avatar.frame_count, preparation=avatar.info['cost'])
+        avatar.close()
+    return dict(measured='live stream, sound to finished frame, model loaded before', machine=machine_kind(), date=date.today().isoformat(), threads=_threads(), bundle=str(bundle),
+                avatar=facts, sustained=sustained, paced=single, first_talking_frame=first, sessions=held, peak_megabytes=round(peak_megabytes(), 1))

@@ -61,7 +61,7 @@ def speech_frames(stream, most=400):
 
 # Same speech, same frames
 
-@pytest.mark.parametrize('rate', [Fraction(25), Fraction(30000, 1001), Fraction(50)], ids=str)
+@pytest.mark.parametrize('rate', [Fraction(25), Fraction(30000, 1001)], ids=str)
 def test_same_frames_as_a_dub(home, toy, footage, long_voice, rate):
     settings = dub_settings(batch_size=1, fps=rate, grain=.5)
     other = Avatar.prepare(footage, f'at {rate.numerator}', toy, home, progress=False, batch_size=1, fps=rate, grain=.5)
@@ -180,7 +180,7 @@ def test_scheduler_raises(avatar, voice, monkeypatch):
     def broken(*args, **kwargs): raise KeyError('lost')
     with AvatarStream(avatar, live=False, **LOUD) as stream:
         with monkeypatch.context() as patch:
-            patch.setattr(Batcher, '_next', broken)
+            patch.setattr(Batcher, '_neediest', broken)
             stream.push(voice)
             with pytest.raises(StreamError, match='KeyError'): stream.pull()
         with pytest.raises(StreamError, match='worker of this stream was closed'): stream.pull()
@@ -351,10 +351,10 @@ def test_a_hoarder_does_not_starve_others(avatar, long_voice, voice):
 
 def test_room(avatar):
     with Batcher(avatar.bundle) as batcher:
-        batcher.hear_seconds, batcher.paint_seconds = .1, .016
+        batcher.hear_seconds, batcher.paint_seconds = .1, .02
         with AvatarStream(avatar, batcher) as first:
-            assert batcher.room(first.fps, 0)[0] == pytest.approx(1., .01)
-            with pytest.raises(CapacityError, match='This machine paints 50 frames a second, too few for 2 streams at 25') as caught: AvatarStream(avatar, batcher)
+            assert batcher.room(first.fps, 0)[:2] == pytest.approx((.2, 1.))
+            with pytest.raises(CapacityError, match='This machine makes 45 frames a second, too few for 2 streams at 25') as caught: AvatarStream(avatar, batcher)
             assert isinstance(caught.value, MuseTalkError)
             AvatarStream(avatar, batcher, check=False).close()
         with AvatarStream(avatar, batcher) as again: assert not again.pull().speaking
