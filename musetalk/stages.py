@@ -187,14 +187,13 @@ class PreparedFace:
     box:tuple # (x1, y1, x2, y2) whole pixels, may leave the frame
     crop:np.ndarray # uint8 [256,256,3]
     mask:np.ndarray # uint8 [y2-y1, x2-x1], 255 where it is repainted
-    masked:torch.Tensor|None=None # [C,32,32] latents without the lower half
-    reference:torch.Tensor|None=None # [C,32,32] latents of the whole crop
+    latents:torch.Tensor|None=None # What the painter is shown of it, from `encode_crops`
     mouth:SourceMouth|None=None # Where its lips lie and how they rest
 
     @property
     def bytes(self) -> int: # Memory it takes
         "Size of its arrays"
-        return self.crop.nbytes + self.mask.nbytes + 2*self.masked.nbytes
+        return self.crop.nbytes + self.mask.nbytes + self.latents.nbytes
 
 def prepare_face(
     image:np.ndarray, # RGB uint8 [H,W,3]
@@ -235,14 +234,14 @@ class FaceCache:
         batch = {frame.index: self.known.get(frame.index) for frame, _ in pairs}
         for frame, record in pairs:
             if batch[frame.index] is None: batch[frame.index] = prepare_face(frame.image, record, self.bundle, self.settings, self.rest)
-        self._encode([face for face in batch.values() if face is not None and face.masked is None])
+        self._encode([face for face in batch.values() if face is not None and face.latents is None])
         self._remember(batch)
         return [batch[frame.index] for frame, _ in pairs]
 
     def _encode(self, faces):
         if not faces: return
-        for face, masked, reference in zip(faces, *self.bundle.encode_crops(np.stack([face.crop for face in faces]))):
-            face.masked, face.reference = masked, reference
+        crops, corners = np.stack([face.crop for face in faces]), np.stack([face.mouth.corner for face in faces])
+        for face, latents in zip(faces, self.bundle.encode_crops(crops, corners)): face.latents = latents
         self.encoded += len(faces)
 
     def _remember(self, batch):
@@ -264,9 +263,9 @@ def paint_faces(
     crops = [(None, None)]*len(faces)
     if not present: return crops
     chosen = [faces[index] for index in present]
-    latents = (torch.stack([getattr(face, name) for face in chosen]) for name in ('masked', 'reference'))
+    latents, corners = torch.stack([face.latents for face in chosen]), np.stack([face.mouth.corner for face in chosen])
     speech, lips, places = bundle.hear(windows[present], [face.mouth for face in chosen])
-    painted = bundle.generate(*latents, speech, np.stack([face.crop for face in chosen]), lips)
+    painted = bundle.generate(latents, speech, np.stack([face.crop for face in chosen]), lips, corners)
     plans = [None]*len(present) if places is None else [movement_plan(face.mouth.landmarks, new, bundle.image_size) for face, new in zip(chosen, places[1])]
     for index, crop, plan in zip(present, painted, plans): crops[index] = crop, plan
     return crops

@@ -7,15 +7,12 @@ __all__ = ['to_network', 'to_images', 'mask_lower_half', 'ResidualBlock', 'Compa
 
 # %% ../nbs/30_vae.ipynb #c16d489f
 import json
-from fractions import Fraction
-from math import ceil
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from fastcore.basics import patch
 from torch import nn
 
 # %% ../nbs/30_vae.ipynb #2684ad03
@@ -84,53 +81,6 @@ class CompactAutoencoder(ModelMixin, ConfigMixin):
 
     def forward(self, images): return self.decode(self.encode(images))
 
-# %% ../nbs/30_vae.ipynb #43737675
-def _reach(layer):
-    "Rows up and down that a layer looks, at its own resolution"
-    return 2 if isinstance(layer, ResidualBlock) else layer.kernel_size[0]//2 if isinstance(layer, nn.Conv2d) else 0
-
-def _rate(layer):
-    "Rows that come out of a layer for each that goes in"
-    if isinstance(layer, nn.PixelShuffle): return Fraction(layer.upscale_factor)
-    return Fraction(1, layer.downscale_factor) if isinstance(layer, nn.PixelUnshuffle) else Fraction(1)
-
-@patch
-def decode_below(self:CompactAutoencoder,
-                 latents:torch.Tensor, # [B,C,h,w]
-                 first:int # latent row of the cut
-                )->torch.Tensor: # [B,3,8(h-first),8w], about [-1,1]
-    "The rows of `decode` below a cut, exactly; of what lies above it only what they depend on is computed"
-    needed = [0] # rows above the cut that the input of each layer must have, last layer first
-    for layer in reversed(self.decoder): needed.insert(0, ceil(needed[0]/_rate(layer)) + _reach(layer))
-    x, above = latents, first
-    for layer, rows in zip(self.decoder, needed):
-        x, above = x[:, :, max(0, above - rows):], min(above, rows)
-        x, above = layer(x), above*int(_rate(layer))
-    return x[:, :, above:]
-
-# %% ../nbs/30_vae.ipynb #f3739f0b
-@patch
-def encode_both(self:CompactAutoencoder,
-                images:torch.Tensor # [B,3,H,W] in [-1,1]
-               )->tuple: # latents [B,C,H/16,W/8] of the upper half of the masked pictures, and [B,C,H/8,W/8] of the whole ones
-    "Latents of pictures without and with their lower half; for the former only the rows that differ are computed anew"
-    needed = [0] # rows below the middle that the band must have, last layer first
-    for layer in reversed(self.encoder): needed.insert(0, ceil((needed[0] + _reach(layer))/_rate(layer)))
-    middle, differing, whole = images.shape[2]//2, 0, images
-    if needed[0] > middle: return self.encode(mask_lower_half(images))[:, :, :middle//8], self.encode(images)
-    band = torch.full_like(images[:, :, :needed[0]], -1)
-    for layer in self.encoder:
-        reach, rate = _reach(layer), _rate(layer)
-        spare = -differing % int(1/rate)  # folding takes whole groups of rows
-        band = torch.cat([whole[:, :, max(0, middle - differing - spare - 2*reach):middle - differing], band], 2)
-        above = min(middle, differing + spare + 2*reach)
-        band, whole = layer(band), layer(whole)
-        middle, above, differing = int(middle*rate), int(above*rate), int((differing + spare)*rate) + reach
-        differing = min(middle, differing)
-        band = band[:, :, above - differing:band.shape[2] - reach]
-    masked = torch.cat([whole[:, :, :middle - differing], band[:, :, :differing]], 2)
-    return tuple(self.config.latent_bound*torch.tanh(x/self.config.latent_bound) for x in (masked, whole))
-
 # %% ../nbs/30_vae.ipynb #7af28c8f
 class FaceVAE:
     "Images to scaled mean latents and back, whatever autoencoder is inside"
@@ -155,29 +105,6 @@ class FaceVAE:
         parameter = next(self.model.parameters())
         decoded = self.model.decode((latents/self.scaling).to(parameter.device, parameter.dtype))
         return getattr(decoded, 'sample', decoded)
-
-# %% ../nbs/30_vae.ipynb #812bfbc5
-@patch
-@torch.no_grad()
-def encode_both(self:FaceVAE,
-                images:torch.Tensor # [B,3,H,W] in [-1,1]
-               )->tuple: # scaled latents [B,C,H/16,W/8] and [B,C,H/8,W/8]
-    "Upper half of the latents of the masked pictures, and the latents of the whole ones"
-    if hasattr(self.model, 'encode_both'):
-        parameter = next(self.model.parameters())
-        return tuple(latents*self.scaling for latents in self.model.encode_both(images.to(parameter.device, parameter.dtype)))
-    masked, whole = self.encode(torch.cat([mask_lower_half(images), images])).chunk(2)
-    return masked[:, :, :masked.shape[2]//2], whole
-
-@patch
-def decode_below(self:FaceVAE,
-                 latents:torch.Tensor, # scaled latents [B,C,h,w]
-                 first:int # latent row
-                )->torch.Tensor: # [B,3,8(h-first),8w], about [-1,1]
-    "The decoded picture from a latent row downwards"
-    if not hasattr(self.model, 'decode_below'): return self.decode(latents)[:, :, 8*first:]
-    parameter = next(self.model.parameters())
-    return self.model.decode_below((latents/self.scaling).to(parameter.device, parameter.dtype), first)
 
 # %% ../nbs/30_vae.ipynb #3d0ba57e
 def load_vae(folder, # folder with config.json and weights

@@ -39,10 +39,10 @@ def toy_folder(tmp_path_factory):
     network.save_pretrained(folder/'encoder')
     block = dict(left=1.84, hop=.16, lookahead=.16, layers=[4])
     write_json(folder/'encoder/config.json', read_json(folder/'encoder/config.json') | dict(block=block))
-    unet = dict(sample_size=(16, 32), in_channels=48, out_channels=16, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=24,
+    unet = dict(sample_size=(8, 16), in_channels=80, out_channels=16, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=24,
                 down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'), up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'), attention_head_dim=4)
     vae = CompactAutoencoder(encoder_channels=(16, 24), encoder_blocks=(0, 0), decoder_channels=(24, 16, 12), decoder_blocks=(0, 0, 0))
-    painter = LatentPainter(unet, layout='lower')
+    painter = LatentPainter(unet, layout='mouth')
     torch.nn.init.normal_(painter.network.conv_out.weight, std=.5)  # so that the speech reaches the picture
     toy = Bundle(FaceVAE(vae.eval()), painter.eval(), WhisperEncoder(network), MouthAdapter(feature_dim=32, token_dim=24, tokens=4).eval(),
                  dict(name='toy', audio=dict(left=5, right=2)))
