@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'OFFICIAL_UNET', 'OLD_ATTENTION', 'OFFICIAL', 'CHECKPOINTS', 'read_weights', 'check_fit', 'load_unet',
-           'load_official_vae', 'is_official', 'official_config', 'OfficialFiles', 'find_official', 'load_official']
+           'load_official_vae', 'PlainVAE', 'is_official', 'official_config', 'OfficialFiles', 'find_official',
+           'load_official']
 
 # %% ../nbs/35_official.ipynb #a814a027
 import logging
@@ -116,7 +117,19 @@ def load_official_vae(
     model.load_state_dict(weights, assign=True)
     return FaceVAE(torch.nn.Module.to(model, device, dtype).eval().requires_grad_(False))
 
-# %% ../nbs/35_official.ipynb #8201a0bf
+# %% ../nbs/35_official.ipynb #fd1c2777
+class PlainVAE(FaceVAE):
+    "An autoencoder that is given its pictures channels first"
+    def encode(self, images): return super().encode(images.contiguous())
+    def decode(self, latents): return super().decode(latents.contiguous())
+
+def _laid_out(vae, painter, device, dtype):
+    "The layout in memory that is fast and still exact"
+    if torch.device(device).type == 'cpu' and dtype == torch.float32: return PlainVAE(vae.model), painter
+    for model in (vae.model, painter): model.to(memory_format=torch.channels_last)
+    return vae, painter
+
+# %% ../nbs/35_official.ipynb #ffd36a81
 OFFICIAL = {
     'v1.5': dict(name='MuseTalk 1.5', folder='musetalkV15', file='unet.pth', margin=10),
     'v1.0': dict(name='MuseTalk 1.0', folder='musetalk', file='pytorch_model.bin', margin=0)}
@@ -137,7 +150,7 @@ def official_config(
     facts = OFFICIAL[version]
     return dict(name=facts['name'], image_size=256, licence='MIT', crop=dict(name='half_face', extra_margin=facts['margin']), audio=dict(left=2, right=2, positional_encoding=True))
 
-# %% ../nbs/35_official.ipynb #e4821f19
+# %% ../nbs/35_official.ipynb #2d62bdf0
 @dataclass
 class OfficialFiles:
     "Where the parts of an official model lie"
@@ -146,7 +159,7 @@ class OfficialFiles:
     vae:Path # Folder
     whisper:Path # Folder
 
-# %% ../nbs/35_official.ipynb #b5af2842
+# %% ../nbs/35_official.ipynb #33daf9fb
 def find_official(
     name, # As for --bundle
 ) -> OfficialFiles:
@@ -168,7 +181,7 @@ def find_official(
         return found
     return OfficialFiles(version, unet, part('sd-vae', 'sd-vae-ft-mse'), part('whisper'))
 
-# %% ../nbs/35_official.ipynb #e00f3332
+# %% ../nbs/35_official.ipynb #568b94f9
 def load_official(
     name='v1.5', # 'v1.5', 'v1.0', a folder with `musetalk.json`, or a checkpoint
     device:str|None=None, # 'cuda', 'mps', 'cpu'; None chooses
@@ -181,13 +194,13 @@ def load_official(
     painter = load_unet(found.unet, None, device, dtype)
     vae = load_official_vae(found.vae, device, dtype)
     encoder = WhisperEncoder.from_folder(found.whisper, device, dtype)
-    for model in (vae.model, painter): model.to(memory_format=torch.channels_last)
+    vae, painter = _laid_out(vae, painter, device, dtype)
     width, wanted = encoder.dim, painter.network.config.cross_attention_dim
     if width != wanted: raise BundleError(f'{found.whisper} gives features of {width} numbers, but {found.unet} attends to {wanted}: take whisper-tiny.')
     logger.info('%s from %s on %s, %s', OFFICIAL[found.version]['name'], found.unet, device, dtype)
     return Bundle(vae, painter, encoder, None, official_config(found.version) | dict(files=_hashes(found)), None)
 
-# %% ../nbs/35_official.ipynb #5e88bc92
+# %% ../nbs/35_official.ipynb #0ef29c1f
 def _parts(found):
     "Files of a model that were downloaded: folder, manifest's path"
     for place in (found.unet, *(folder/name for folder in (found.vae, found.whisper) for name in ('config.json', 'diffusion_pytorch_model.bin', 'pytorch_model.bin'))):

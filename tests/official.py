@@ -17,6 +17,12 @@ FULL_VAE = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, nor
 FULL_WHISPER = dict(d_model=384, encoder_layers=4, encoder_attention_heads=6, encoder_ffn_dim=1536, decoder_layers=4, decoder_attention_heads=6, decoder_ffn_dim=1536)
 
 
+def recipe_input(seed, name, shape):
+    "Inputs that follow from a seed and a name"
+    noise = np.random.default_rng(zlib.crc32(f'{seed}:input:{name}'.encode())).standard_normal(shape, dtype=np.float32)
+    return np.clip(.5*noise, -1, 1)
+
+
 def recipe(seed, shapes):
     "Weights that follow from a seed and the names"
     made = {}
@@ -39,7 +45,7 @@ def old_name(key):
     return key
 
 
-def write_official(folder, unet=SMALL_UNET, vae=SMALL_VAE, whisper=SMALL_WHISPER, versions=('v1.5', 'v1.0'), seed=1):
+def write_official(folder, unet=SMALL_UNET, vae=SMALL_VAE, whisper=SMALL_WHISPER, versions=('v1.5', 'v1.0'), seeds=(1, 2, 3)):
     "The files of an official model with weights of the recipe"
     from diffusers import AutoencoderKL
     from transformers import WhisperConfig, WhisperForConditionalGeneration
@@ -56,14 +62,14 @@ def write_official(folder, unet=SMALL_UNET, vae=SMALL_VAE, whisper=SMALL_WHISPER
         place = folder/OFFICIAL[version]['folder']
         place.mkdir(parents=True)
         write_json(place/'musetalk.json', dict(_class_name='UNet2DConditionModel', _diffusers_version='0.6.0.dev0') | config)
-        torch.save(recipe(seed, shapes(painter)), place/OFFICIAL[version]['file'])
+        torch.save(recipe(seeds[0], shapes(painter)), place/OFFICIAL[version]['file'])
     for name in ('sd-vae', 'whisper'): (folder/name).mkdir(parents=True)
     stored = {key: value for key, value in autoencoder.config.items() if key not in ('scaling_factor', 'shift_factor', 'latents_mean', 'latents_std') and key[0] != '_'}
     write_json(folder/'sd-vae/config.json', dict(_class_name='AutoencoderKL', _diffusers_version='0.4.2') | stored)
-    torch.save({old_name(key): value for key, value in recipe(seed + 1, shapes(autoencoder)).items()}, folder/'sd-vae/diffusion_pytorch_model.bin')
+    torch.save({old_name(key): value for key, value in recipe(seeds[1], shapes(autoencoder)).items()}, folder/'sd-vae/diffusion_pytorch_model.bin')
     write_json(folder/'whisper/config.json', speech.config.to_diff_dict() | whisper)
     write_json(folder/'whisper/preprocessor_config.json', dict(feature_size=80, n_fft=400, hop_length=160, sampling_rate=16000, chunk_length=30))
-    torch.save({key: value for key, value in recipe(seed + 2, shapes(speech)).items() if key != 'proj_out.weight'}, folder/'whisper/pytorch_model.bin')
+    torch.save({key: value for key, value in recipe(seeds[2], shapes(speech)).items() if key != 'proj_out.weight'}, folder/'whisper/pytorch_model.bin')
     return folder
 
 

@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from official import FULL_VAE, FULL_WHISPER, Hub, manifest, recipe, write_official
+from official import FULL_VAE, FULL_WHISPER, Hub, manifest, recipe, recipe_input, write_official
 
 from musetalk import models
+from musetalk.audio import positional_encoding
 from musetalk.core import BundleError, MediaError, read_json, save_image, sha256_file, write_json
+from musetalk.crop import crop_face
 from musetalk.dub import dub
 from musetalk.media import VideoSource, write_audio
 from musetalk.models import FILES, chosen_files, download, file_state, list_models, models_folder
@@ -68,6 +70,7 @@ def test_killed_process_is_continued(shelf, files, hub, tmp_path):
 import dataclasses, json, sys
 from pathlib import Path
 from musetalk import models
+from musetalk.audio import positional_encoding
 closing = models._closing
 def slowly(source, pieces):
     import time
@@ -305,6 +308,29 @@ def test_half_precision(shelf, monkeypatch):
     latents, tokens = torch.randn(2, 8, 32, 32), torch.randn(2, 50, 32)
     with torch.no_grad(): one, two = (bundle.painter.network(latents.to(bundle.dtype), 0, tokens.to(bundle.dtype)).sample.float() for bundle in (exact, coarse))
     assert coarse.painter.dtype == torch.bfloat16 and (one - two).abs().max() < .1*one.abs().max()
+
+
+def test_numbers_of_the_original_program_from_crop_to_face(tmp_path, monkeypatch):
+    "Golden vectors: crops, latents, positional encoding, UNet and decoder, with weights that went through the official files"
+    golden = np.load(ROOT/'tests/golden/end_to_end.npz')
+    meta = json.loads(str(golden['meta']))
+    speech = dict(d_model=384, encoder_layers=4, encoder_attention_heads=6, encoder_ffn_dim=64, decoder_layers=1, decoder_attention_heads=6, decoder_ffn_dim=32, vocab_size=60, pad_token_id=0,
+                  bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, max_target_positions=8)
+    vae = {name: meta['vae_config'][name] for name in ('block_out_channels', 'layers_per_block', 'norm_num_groups')}
+    write_official(tmp_path/'models', meta['unet_config'], vae, speech, ('v1.5',), (meta['unet_seed'], meta['vae_seed'], 0))
+    monkeypatch.setenv('MUSETALK_MODELS', str(tmp_path/'models'))
+    bundle = load_official('v1.5', 'cpu', 'fp32')
+    crops = np.stack([crop_face(frame[..., ::-1], box) for frame, box in zip(golden['frames_bgr'], meta['boxes'])])
+    assert (crops[:, ::4, ::4, ::-1] == golden['crops_256_sample']).all()
+    latents = bundle.encode_crops(crops)
+    close = lambda ours, theirs: np.abs(ours.numpy() - theirs).max() < 1e-4*np.abs(theirs).max()
+    assert close(latents, golden['latents_8ch'])
+    tokens = torch.from_numpy(recipe_input(meta['unet_seed'], 'audio', (3, 50, 384))) + torch.as_tensor(positional_encoding(50, 384))
+    order = [0, 1, 1]
+    with torch.no_grad(): painted = bundle.painter(latents[order], tokens)
+    assert close(painted, golden['pred_latents'])
+    faces = bundle.generate(latents[order], tokens, crops[order])
+    assert np.abs(faces[:, ::4, ::4, ::-1].astype(int) - golden['faces_sample']).max() <= 1
 
 
 # Face detection by the package face-alignment
