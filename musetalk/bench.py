@@ -190,7 +190,7 @@ def _sustained(avatar, samples):
     return dict(frames=frames, frames_per_second=round((frames - 1)/took, 2), processor_milliseconds_per_frame=round(1000*spent/frames, 2),
                 drift_ms=round(abs((sound + len(last.samples))/16000 - last.spoken)*1000, 3), milliseconds_per_frame=figures['milliseconds_per_frame'], memory_megabytes=memory)
 
-# %% ../nbs/66_bench.ipynb #b80c919f
+# %% ../nbs/66_bench.ipynb #29b32e51
 def _paced(streams, samples, seconds):
     "Frames at their own rate in several streams at once, speech from microphones"
     shown = [[] for _ in streams]
@@ -208,11 +208,11 @@ def _paced(streams, samples, seconds):
                             late_frames=stream.late, speaking_frames=sum(speaking for _, speaking, _ in times), drift_ms=round(1000*abs(sound - float(len(times)/stream.fps)), 3)))
     return results
 
-def _first_frame(avatar, samples, piece, speed, times=5):
+def _first_frame(avatar, samples, piece, speed, hop=None, times=5):
     "Milliseconds from the first piece of speech to the first talking frame: median of some trials"
     from musetalk.stream import AvatarStream
     waits = []
-    with AvatarStream(avatar, check=False) as stream:
+    with AvatarStream(avatar, check=False, hop=hop) as stream:
         frames = stream.frames()
         for _ in range(times):
             for _ in range(12): next(frames)
@@ -223,7 +223,7 @@ def _first_frame(avatar, samples, piece, speed, times=5):
             stream.interrupt()
     return round(float(np.median(waits)))
 
-# %% ../nbs/66_bench.ipynb #250690ad
+# %% ../nbs/66_bench.ipynb #6d8fcfd9
 def bench_stream(
     video:str|Path|None=None, # Footage; None: a drifting portrait, 512 wide
     audio:str|Path|None=None, # Speech, repeated or cut to length
@@ -247,7 +247,7 @@ def bench_stream(
         held = {}
         sustained = _sustained(avatar, samples[:int(seconds*16000)])
         with AvatarStream(avatar, check=False) as stream: single = _paced([stream], samples, paced)[0]
-        first = dict(microphone_ms=_first_frame(avatar, samples, 320, 1.), voice_ms=_first_frame(avatar, samples, 4000, 4.), look_ahead_ms=round(1000*stream.latency))
+        first = dict(microphone_ms=_first_frame(avatar, samples, 320, 1.), microphone_quick_ms=_first_frame(avatar, samples, 320, 1., .08), voice_ms=_first_frame(avatar, samples, 4000, 4.), look_ahead_ms=round(1000*stream.latency))
         for count in sessions:
             with Batcher(model) as batcher:
                 streams = []

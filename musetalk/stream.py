@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'SCALES', 'LEAST_BATCH', 'ROOM', 'StreamError', 'CapacityError', 'as_samples', 'Utterance', 'LiveFrame',
-           'Spoken', 'Batcher', 'AvatarStream']
+           'Spoken', 'Batcher', 'with_hop', 'AvatarStream']
 
 # %% ../nbs/62_stream.ipynb #27bf3770
 import logging
@@ -12,7 +12,8 @@ import os
 import time as clock
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import count
@@ -25,7 +26,7 @@ import soxr
 import torch
 from fastcore.basics import patch
 
-from .audio import FEATURE_RATE, FEATURE_SAMPLES, SAMPLE_RATE
+from .audio import FEATURE_RATE, FEATURE_SAMPLES, SAMPLE_RATE, AudioEncoder, SpeechWindows
 from .avatar import Avatar, held, silent_window, with_rest_face
 from .bundle import Bundle
 from .core import ConfigError, MediaError, MuseTalkError, StageTimer
@@ -104,14 +105,11 @@ def _drawn(queue, size): # up to `size` samples from the front of a queue of pie
 @patch
 def listen(self:Utterance,
     samples:np.ndarray|None, # 16 kHz; None: it is over
-    lock=nullcontext(), # Held while what was heard is put where the painter takes it
 ):
     "Hear the next piece, as taken from `unheard`"
-    features = self.speech.stream.finish() if samples is None else self.speech.stream.push(samples)
-    with lock:
-        self.speech.features = torch.cat([self.speech.features, features])
-        if samples is None: self.finished, self.total = True, ceil(self.samples*self.fps/SAMPLE_RATE)
-        else: self.levels.extend(_levels(samples))
+    self.speech.hear(samples)
+    if samples is None: self.finished, self.total = True, ceil(self.samples*self.fps/SAMPLE_RATE)
+    else: self.levels.extend(_levels(samples))
 
 def _levels(samples): # decibels of every 20 ms
     blocks = np.pad(samples, (0, -len(samples) % FEATURE_SAMPLES)).reshape(-1, FEATURE_SAMPLES)
@@ -177,7 +175,7 @@ class Spoken:
 LEAST_BATCH = 4 # frames; smaller batches cost so much more a frame that a machine in arrears would never catch up
 
 class Batcher:
-    "Hears and paints for any number of streams, in a thread each"
+    "Hears and paints for any number of streams, in one thread"
     def __init__(self,
         bundle:Bundle, # The model, shared by all
         batch_size:int=8, # Most frames that the networks take at once
@@ -185,7 +183,7 @@ class Batcher:
     ):
         self.bundle, self.batch_size, self.budget = bundle, batch_size, budget
         self.condition, self.sessions, self.timer, self.counts = Condition(), [], StageTimer(), dict(hear=0, paint=0, batches=0)
-        self.hear_seconds, self.paint_seconds, self._turns, self._threads, self._closed = 0., 0., count(), [], False
+        self.hear_seconds, self.paint_seconds, self._turns, self._thread, self._closed = 0., 0., count(), None, False
         self._once = Lock()
 
     def __enter__(self): return self
@@ -193,20 +191,20 @@ class Batcher:
     def __exit__(self, *problem): self.close()
 
     def close(self):
-        "End the threads; streams that are still open get an error"
+        "End the thread; streams that are still open get an error"
         with self.condition:
             self._closed = True
             self.condition.notify_all()
-            threads, self._threads = self._threads, []
-        for thread in threads: thread.join()
+            thread, self._thread = self._thread, None
+        if thread is not None: thread.join()
 
     def _register(self, session):
         with self.condition:
             if self._closed: raise StreamError('This batcher is closed; make a new one.')
             self.sessions.append(session)
-            if not self._threads:
-                self._threads = [Thread(target=self._run, args=(work,), daemon=True, name=f'musetalk-{name}') for name, work in (('ears', self._next_sound), ('painter', self._next_batch))]
-                for thread in self._threads: thread.start()
+            if self._thread is None:
+                self._thread = Thread(target=self._run, daemon=True, name='musetalk-batcher')
+                self._thread.start()
 
     def _forget(self, session):
         with self.condition:
@@ -218,42 +216,40 @@ class Batcher:
 def _neediest(self:Batcher): return sorted(self.sessions, key=lambda session: (session._stored(), session._turn))
 
 @patch
-def _next_batch(self:Batcher):
-    "Frames to paint next, and how; None: all are served"
+def _next(self:Batcher):
+    "The most pressing work: frames to paint, or one piece of sound to hear; None: all are served"
     limit = min(self.batch_size, max(LEAST_BATCH, int(self.budget/max(self.paint_seconds, 1e-4))))
-    order, items = self._neediest(), []
+    order = self._neediest()
     for session in order:
-        if first := session._next_frame(): items = [first]; break
-    while items and len(items) < limit:
-        more = [item for other in order[:limit - len(items)] if (item := other._next_frame())]
-        if not more: break
-        items += more
-    for item in items: item.session._turn = next(self._turns)
-    return (self._paint, items) if items else None
-
-@patch
-def _next_sound(self:Batcher):
-    "A piece of sound to hear next, and how; None: all are served"
-    for session in self._neediest():
-        if piece := session._next_sound(): return self._hear, session, *piece
+        items = [item for item in [session._next_frame()] if item]
+        while items and len(items) < limit:
+            more = [item for other in order[:limit - len(items)] if (item := other._next_frame())]
+            if not more: break
+            items += more
+        for item in items: item.session._turn = next(self._turns)
+        if items: return self._paint, items
+        if piece := session._next_sound():
+            session._turn = next(self._turns)
+            return self._hear, session, *piece
     return None
 
 @patch
-def _run(self:Batcher, work):
-    "The life of a thread: what `work` finds to do, or a short rest"
+def _run(self:Batcher):
+    "The thread's life"
     try:
         with few_threads():
-            while not self._closed: self._step(work)
+            while not self._closed: self._step()
     except Exception as error: # not a session's fault: nobody can go on
         with self.condition:
             self._closed = True
             for session in self.sessions: session._fail(error)
 
 @patch
-def _step(self:Batcher, work):
+def _step(self:Batcher):
+    "One piece of work, or a short rest"
     with self.condition:
         for session in self.sessions: session._tend()
-        task = None if self._closed else work()
+        task = None if self._closed else self._next()
         if task is None and not self._closed: self.condition.wait(.02 if any(session._utterances for session in self.sessions) else None)
     if task is None: return
     task[0](*task[1:])
@@ -266,11 +262,13 @@ def _mean(before, now): return now if not before else .9*before + .1*now # runni
 def _hear(self:Batcher, session, utterance, samples):
     "Hear one piece for one session"
     start, before = clock.perf_counter(), utterance.speech.stream.feature_count
-    try: utterance.listen(samples, self.condition)
+    try: utterance.listen(samples)
     except Exception as error: session._fail(error); return
     took, heard = clock.perf_counter() - start, utterance.speech.stream.feature_count - before
     self.timer.seconds['hear'] = self.timer.seconds.get('hear', 0.) + took
-    if heard and samples is not None: self.hear_seconds = _mean(self.hear_seconds, took*FEATURE_RATE/heard)
+    if heard and samples is not None: # a block costs the same whatever the hop
+        blocks = heard/FEATURE_RATE/float(session._ears.hop)
+        self.hear_seconds = _mean(self.hear_seconds, took/blocks/float(self.bundle.audio_encoder.hop))
     self.counts['hear'] += heard
 
 @patch
@@ -291,7 +289,7 @@ def _paint(self:Batcher, items):
 @patch
 def _paint_batch(self:Batcher, items):
     faces = [item.session.avatar.face(item.session._index(item.position))[0] for item in items]
-    with self.condition: windows = torch.cat([item.utterance.speech.take(item.number, 1) for item in items])
+    windows = torch.cat([item.utterance.speech.take(item.number, 1) for item in items])
     for item, (crop, plan) in zip(items, paint_faces(self.bundle, faces, windows)): item.crop, item.plan = crop, plan
     with self.condition:
         for item in items: item.done = True
@@ -324,23 +322,37 @@ def measure(self:Batcher,
 def room(self:Batcher,
     fps:Fraction, # Of the stream that wants to come in
     blend:float, # Seconds to blend one of its frames
-) -> tuple: # Shares of ears, painter and all cores that would be used
+    hop:Fraction|None=None, # Seconds it hears at a time; None: the bundle's
+) -> tuple: # Shares of the worker and of all cores that would be used
     "How much of the time would be taken with one more stream"
-    streams = [(session.fps, session._blend_seconds) for session in self.sessions] + [(fps, blend)]
-    hear, paint = self.hear_seconds*len(streams), float(sum(rate for rate, _ in streams))*self.paint_seconds
+    streams = [(session.fps, session._blend_seconds, session._ears.hop) for session in self.sessions] + [(fps, blend, hop or self.bundle.audio_encoder.hop)]
+    hear = self.hear_seconds*float(sum(self.bundle.audio_encoder.hop/hop for _, _, hop in streams))
+    paint = float(sum(rate for rate, _, _ in streams))*self.paint_seconds
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    return hear, paint, (hear + paint + sum(float(rate)*seconds for rate, seconds in streams))/cores
+    return hear + paint, (hear + paint + sum(float(rate)*seconds for rate, seconds, _ in streams))/cores
 
 @patch
-def admit(self:Batcher, fps, blend):
+def admit(self:Batcher, fps, blend, hop=None):
     "Raises `CapacityError` if there is no room for one more stream"
-    fullest = max(self.room(fps, blend))
+    fullest = max(self.room(fps, blend, hop))
     if fullest <= ROOM: return
     total = sum(session.fps for session in self.sessions) + fps
     raise CapacityError(f'This machine makes {float(total)*ROOM/fullest:.0f} frames a second, too few for {len(self.sessions) + 1} streams at {float(fps):g}; '
                         'close a stream, use a smaller bundle or a faster device, or lower the frame rate.')
 
-# %% ../nbs/62_stream.ipynb #9df5f1ad
+# %% ../nbs/62_stream.ipynb #2714ec3b
+def with_hop(
+    encoder:AudioEncoder, # Of a bundle
+    hop:float|None, # Seconds; None: as it is
+) -> AudioEncoder: # The same network
+    "An encoder that gives fewer features from each block, and sees more of the past instead. Raises `ConfigError` for a hop that does not fit"
+    if hop is None: return encoder
+    hop, other = Fraction(str(hop)), copy(encoder)
+    if (hop*FEATURE_RATE).denominator != 1 or not 0 < hop <= encoder.hop: raise ConfigError(f'A hop of {float(hop):g} s does not fit; give a multiple of 0.02 up to {float(encoder.hop):g}.')
+    other.left, other.hop = encoder.left + encoder.hop - hop, hop
+    return other
+
+# %% ../nbs/62_stream.ipynb #3f8a82e1
 class AvatarStream:
     "A prepared face that speaks what it is given, and listens in between. Raises `CapacityError` if this machine is too slow for one more"
     def __init__(self,
@@ -354,6 +366,7 @@ class AvatarStream:
         patience:float=.3, # Seconds without sound that end an utterance
         most:float=30., # Seconds of sound that may wait
         ahead:int=8, # Frames painted before they are due
+        hop:float|None=None, # Seconds of sound heard at a time; None: the bundle's
         check:bool=True, # False: take it even if the machine is too slow
     ):
         if not 8000 <= sample_rate <= 192000: raise ConfigError(f'A sample rate of {sample_rate} Hz makes no sense; give one from 8000 to 192000.')
@@ -361,6 +374,7 @@ class AvatarStream:
         self.avatar, self.fps, self.sample_rate, self.live, self.order = avatar, avatar.fps, int(sample_rate), live, order
         self.quiet, self.patience, self.most, self.ahead, self.fade_frames = quiet, patience, most, ahead, round(fade*avatar.fps)
         self._own, self.batcher = batcher is None, batcher or Batcher(avatar.bundle)
+        self._ears = with_hop(avatar.bundle.audio_encoder, hop)
         self._lock, self._utterances, self._pending = self.batcher.condition, deque(), deque()
         self._turn, self._error, self.closed, self._generation, self._spoken_count = -1, None, False, 0, 0
         self._number = self._position = self._sent = self.late = self.interrupts = 0
@@ -371,7 +385,7 @@ class AvatarStream:
             stack.enter_context(held(avatar.folder))
             self._blend_seconds = self.batcher.measure(avatar) if check else 0.
             with self._lock:
-                if check: self.batcher.admit(self.fps, self._blend_seconds)
+                if check: self.batcher.admit(self.fps, self._blend_seconds, self._ears.hop)
                 self.batcher._register(self)
             self._resources = stack.pop_all()
 
@@ -389,7 +403,10 @@ def _source_frames(self:AvatarStream):
 @patch(as_prop=True)
 def latency(self:AvatarStream) -> float:
     "Look-ahead: seconds from the moment a frame stands for to the last sample that it depends on, at most"
-    return float(self.avatar.bundle.stream(None, self.fps).latency)
+    return float(self._windows().latency)
+
+@patch
+def _windows(self:AvatarStream): return SpeechWindows(self._ears, self.fps, self.avatar.bundle.left, self.avatar.bundle.right)
 
 @patch(as_prop=True)
 def waiting(self:AvatarStream) -> float:
@@ -453,7 +470,7 @@ def _current(self:AvatarStream, rate):
     if self._utterances and not self._utterances[-1].ended:
         if self._utterances[-1].rate == rate: return self._utterances[-1]
         self._utterances[-1].push(np.zeros(0, np.float32), last=True)
-    self._utterances.append(Utterance(self._spoken_count, self.avatar.bundle.stream(None, self.fps), rate, self.sample_rate))
+    self._utterances.append(Utterance(self._spoken_count, self._windows(), rate, self.sample_rate))
     self._spoken_count += 1
     return self._utterances[-1]
 
@@ -499,7 +516,7 @@ def _next_sound(self:AvatarStream):
     for utterance in self._utterances:
         if utterance.finished: continue
         if utterance.available - utterance.offered >= self.ahead: return None
-        size = min(utterance.unheard_count, self.avatar.bundle.audio_encoder.hop_samples)
+        size = min(utterance.unheard_count, self._ears.hop_samples)
         if not utterance.ended: size -= size % FEATURE_SAMPLES
         if size:
             utterance.unheard_count -= size
@@ -512,9 +529,9 @@ def _next_sound(self:AvatarStream):
 def _lead(self:AvatarStream, utterance):
     "Frames from the next one to the first of this speech"
     if not self.live or not self._last_pull or utterance.shown: return 0
-    encoder, stream, now = self.avatar.bundle.audio_encoder, utterance.speech.stream, clock.perf_counter()
+    encoder, stream, now = self._ears, utterance.speech.stream, clock.perf_counter()
     busy = max(1, sum(bool(session._utterances) for session in self.batcher.sessions))
-    paint, hear = 1.5*busy*4*self.batcher.paint_seconds, 1.5*busy*self.batcher.hear_seconds*float(encoder.hop)
+    paint, hear = 1.2*busy*LEAST_BATCH*self.batcher.paint_seconds, 1.2*busy*self.batcher.hear_seconds*float(self.avatar.bundle.audio_encoder.hop)
     needed = paint
     if not utterance.ended and utterance.unheard_count < FEATURE_SAMPLES:
         missing = stream.feature_count*FEATURE_SAMPLES + encoder.hop_samples + int(encoder.lookahead*SAMPLE_RATE) - stream.sample_count
