@@ -27,7 +27,7 @@ setup(
     # The top-level folder `models` is installed beside the code, as a package of data files that `find_models` looks into.
     packages=[package, 'musetalk_models'],
     package_dir={package: package, 'musetalk_models': 'models'},
-    package_data={'musetalk_models': ['mini/*', 'mini/**/*', 'demo/*']},
+    package_data={package: ['static/*'], 'musetalk_models': ['mini/*', 'mini/**/*', 'syncnet-mini/*', 'demo/*']},
     zip_safe=False,
     install_requires=settings['requirements'].split(),
     extras_require=extras,
