@@ -1,5 +1,6 @@
 "The original's parser and masks: the same numbers"
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,11 @@ import torch
 from official import recipe
 
 from musetalk.blend import composite
+from musetalk.core import ConfigError, save_image
+from musetalk.dub import dub
+from musetalk.media import write_audio
 from musetalk.parsing import FaceParser, class_mask, jaw_kernels, parse_faces, parsed_masks, parser_picture, parser_square, soft_mask
+from musetalk.stages import DubSettings, dub_settings
 
 GOLDEN = Path(__file__).parent/'golden'
 
@@ -82,3 +87,15 @@ def test_frames_do_not_disturb_one_another(network):
     for box, mask in zip(boxes, together):
         assert mask.shape == (box[3] - box[1], box[2] - box[0])
         assert np.abs(mask.astype(int) - parsed_masks(network, [image], [box])[0]).mean() < .5
+
+
+@pytest.mark.skipif('parsing_mode' not in {item.name for item in fields(DubSettings)}, reason='DubSettings has no parsing_mode yet')
+def test_dub_with_parsed_masks(tmp_path, portrait, voice, toy, monkeypatch):
+    "The mode reaches the mask, and the blur is `feather`"
+    (tmp_path/'models/face-parse-bisent').mkdir(parents=True)
+    torch.save(recipe(5, {name: tuple(tensor.shape) for name, tensor in FaceParser().state_dict().items()}), tmp_path/'models/face-parse-bisent/79999_iter.pth')
+    monkeypatch.setenv('MUSETALK_MODELS', str(tmp_path/'models'))
+    save_image(tmp_path/'she.png', portrait)
+    write_audio(tmp_path/'words.wav', voice)
+    for mode in ('jaw', 'raw'): assert dub(tmp_path/'she.png', tmp_path/'words.wav', tmp_path/f'{mode}.mp4', toy, progress=False, parsing_mode=mode, feather=.1).frames == 12
+    with pytest.raises(ConfigError, match="parsing mode 'chin'"): dub_settings(parsing_mode='chin')
