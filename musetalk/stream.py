@@ -352,7 +352,7 @@ def with_hop(
     other.left, other.hop = encoder.left + encoder.hop - hop, hop
     return other
 
-# %% ../nbs/62_stream.ipynb #3f8a82e1
+# %% ../nbs/62_stream.ipynb #036ef164
 class AvatarStream:
     "A prepared face that speaks what it is given, and listens in between. Raises `CapacityError` if this machine is too slow for one more"
     def __init__(self,
@@ -383,7 +383,7 @@ class AvatarStream:
         with ExitStack() as stack:
             if self._own: stack.callback(self.batcher.close)
             stack.enter_context(held(avatar.folder))
-            self._blend_seconds = self.batcher.measure(avatar) if check else 0.
+            self._blend_seconds = self.batcher.measure(avatar) if check or live else 0.
             with self._lock:
                 if check: self.batcher.admit(self.fps, self._blend_seconds, self._ears.hop)
                 self.batcher._register(self)
@@ -528,14 +528,14 @@ def _next_sound(self:AvatarStream):
 @patch
 def _lead(self:AvatarStream, utterance):
     "Frames from the next one to the first of this speech"
-    if not self.live or not self._last_pull or utterance.shown: return 0
+    if not self.live or utterance.shown: return 0
     encoder, stream, now = self._ears, utterance.speech.stream, clock.perf_counter()
     busy = max(1, sum(bool(session._utterances) for session in self.batcher.sessions))
-    paint, hear = 1.2*busy*LEAST_BATCH*self.batcher.paint_seconds, 1.2*busy*self.batcher.hear_seconds*float(self.avatar.bundle.audio_encoder.hop)
+    paint, hear = 1.1*busy*LEAST_BATCH*self.batcher.paint_seconds, 1.1*busy*self.batcher.hear_seconds*float(self.avatar.bundle.audio_encoder.hop)
     needed = paint
-    if not utterance.ended and utterance.unheard_count < FEATURE_SAMPLES:
-        missing = stream.feature_count*FEATURE_SAMPLES + encoder.hop_samples + int(encoder.lookahead*SAMPLE_RATE) - stream.sample_count
-        needed = max(paint, missing/SAMPLE_RATE + hear + paint - float((utterance.available - utterance.offered)/self.fps))
+    if not utterance.ended:
+        missing = stream.feature_count*FEATURE_SAMPLES + encoder.hop_samples + int(encoder.lookahead*SAMPLE_RATE) - stream.sample_count - utterance.unheard_count
+        needed = max(paint, max(0, missing)/SAMPLE_RATE + hear + paint - float((utterance.available - utterance.offered)/self.fps))
     until_next = min(max(0., self._last_pull + float(1/self.fps) - now), float(1/self.fps))
     return max(0, ceil((needed - until_next)*self.fps))
 

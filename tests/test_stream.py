@@ -189,8 +189,9 @@ def test_scheduler_raises(avatar, voice, monkeypatch):
     with AvatarStream(avatar, live=False, **LOUD) as stream:
         with monkeypatch.context() as patch:
             patch.setattr(Batcher, '_neediest', broken)
-            stream.push(voice)
-            with pytest.raises(StreamError, match='KeyError'): stream.pull()
+            with pytest.raises(StreamError, match='KeyError'):
+                stream.push(voice)
+                stream.pull()
         with pytest.raises(StreamError, match='worker of this stream was closed'): stream.pull()
 
 
