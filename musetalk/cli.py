@@ -324,17 +324,18 @@ def run_demo(args):
     print(_as_json(asdict(report) | dict(pictures=str(sheet))) if args.json else f'{_told(report)}\n{sheet}: sixteen of its frames')
 
 # %% ../nbs/72_cli.ipynb #5b7db0e9
-@command('bench', 'measure speed (`bench dub`) or memory (`bench memory`)', option('what', choices=('dub', 'memory'), help='what to measure'), VIDEO, AUDIO,
-         option('--seconds', type=float, default=10, metavar='S', help='length of the speech for `bench dub` (default: 10)'),
+@command('bench', 'measure speed (`bench dub`, `bench stream`) or memory (`bench memory`)', option('what', choices=('dub', 'memory', 'stream'), help='what to measure'), VIDEO, AUDIO,
+         option('--seconds', type=float, metavar='S', help='length of the speech (default: 10 for `bench dub`, 60 for `bench stream`)'),
          option('--lengths', type=float, nargs=2, default=(10, 120), metavar='S', help='lengths for `bench memory` (default: 10 120)'),
          option('--save', metavar='FILE', help='write the figures, with the command, as JSON'),
-         LOOK, FLOW, MAKING, ('model', (BUNDLE, DEVICE, DTYPE)), JSON, examples=('bench dub --json', 'bench memory --video me.mp4 --audio speech.wav --json'))
+         LOOK, FLOW, MAKING, ('model', (BUNDLE, DEVICE, DTYPE)), JSON, examples=('bench dub --json', 'bench stream --json', 'bench memory --video me.mp4 --audio speech.wav --json'))
 def run_bench(args):
     "musetalk bench"
-    from musetalk.bench import bench_dub, bench_memory
+    from musetalk.bench import bench_dub, bench_memory, bench_stream
     from musetalk.core import write_json
     common = dict(video=args.video, audio=args.audio, bundle=args.bundle, device=args.device) | given_settings(args)
-    figures = bench_dub(seconds=args.seconds, **common) if args.what == 'dub' else bench_memory(lengths=tuple(args.lengths), **common)
+    if args.what == 'memory': figures = bench_memory(lengths=tuple(args.lengths), **common)
+    else: figures = (bench_dub if args.what == 'dub' else bench_stream)(**dict(seconds=args.seconds) if args.seconds else {}, **common)
     if args.save: write_json(args.save, dict(command=command_line(args.words, '--save')) | figures)
     print(_as_json(figures) if args.json else '\n'.join(f"{name.replace('_', ' ')}: {value}" for name, value in figures.items()))
 
