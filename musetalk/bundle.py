@@ -156,7 +156,7 @@ def find_bundle(name # a bundle's name, or a folder with `bundle.json`
     for folder in folders:
         if (folder/'bundle.json').exists(): return folder
     known = sorted({p.parent.name for root in find_models() for p in root.glob('*/bundle.json')})
-    raise BundleError(f"there is no bundle '{name}': choose {', '.join(known) or 'a folder that holds bundle.json'}, or give the path of a bundle's folder")
+    raise BundleError(f"there is no bundle '{name}': choose {', '.join(known) or 'a folder that holds bundle.json'}, or give the path of a bundle's folder, or of a checkpoint of MuseTalk")
 
 def check_bundle(folder # of a bundle
                 )->dict: # contents of `bundle.json`
@@ -175,7 +175,9 @@ def load_bundle(name='mini', # a bundle's name, or a folder
                 device:str=None, # 'cuda', 'mps', 'cpu'; None chooses
                 dtype:str=None # 'float32', 'bfloat16', 'float16'; None chooses
                )->Bundle:
-    "Find, check and load a bundle. Raises `BundleError` when it is unknown, incomplete or damaged."
+    "Find, check and load a bundle, or official weights. Raises `BundleError` when it is unknown, incomplete or damaged."
+    from musetalk.official import is_official, load_official # it needs this module
+    if is_official(name): return load_official(name, device, dtype)
     folder = find_bundle(name)
     config = check_bundle(folder)
     device = choose_device(device); dtype = choose_dtype(device, dtype)

@@ -71,7 +71,8 @@ def package_versions() -> dict: # Name to version
 def _bundle_facts(bundle):
     "What identifies a model"
     facts = dict(name=bundle.config['name'], device=str(bundle.device), dtype=str(bundle.dtype).removeprefix('torch.'))
-    return facts | (dict(sha256=sha256_file(Path(bundle.folder)/'bundle.json')) if bundle.folder else {})
+    if bundle.folder: return facts | dict(sha256=sha256_file(Path(bundle.folder)/'bundle.json'))
+    return facts | {name: bundle.config[name] for name in ('files',) if name in bundle.config}
 
 def _source_facts(source):
     return dict(kind=source.kind, width=source.width, height=source.height, fps=str(source.fps), frames=source.frame_count, has_audio=source.has_audio)

@@ -32,6 +32,7 @@ from .mask import jaw_mask
 from .media import VideoSource, looped
 from .mouth import SourceMouth, mouth_at_rest, source_mouth
 from .move import movement_plan
+from .parsing import MODES, load_parser, parsed_masks
 
 # %% ../nbs/59_stages.ipynb #f99e9e09
 @dataclass
@@ -43,6 +44,7 @@ class DubSettings:
     right_cheek_width:float=90 # The same on the picture's right
     upper_boundary_ratio:float=.5 # Upper line of the mask, fraction of the box
     feather:float=.05 # Softness of its edge, fraction of the box's width
+    parsing_mode:str|None=None # Mask by face parsing: 'jaw', 'raw', 'neck'; None: landmarks
     match:bool=True # Match colours around the mask
     sharpen:float=.8 # Most sharpening of the generated part, 0 is off
     grain:float=0. # Share of the source's grain that is added, 0 to 1
@@ -55,6 +57,7 @@ class DubSettings:
 
     def __post_init__(self):
         self.face = parse_face(self.face)
+        if self.parsing_mode not in (None, *MODES): raise ConfigError(f"Unknown parsing mode '{self.parsing_mode}'; use {', '.join(MODES)}, or leave it out.")
         if self.loop not in LOOPS: raise ConfigError(f"Unknown loop mode '{self.loop}'; use {', '.join(LOOPS)}.")
         for name, (low, high, whole) in RANGES.items():
             value = getattr(self, name)
@@ -211,9 +214,11 @@ def prepare_face(
     except ValueError: return None
     x1, y1, x2, y2 = box
     if min(x2, width) - max(x1, 0) < 16 or min(y2, height) - max(y1, 0) < 16: return None
-    mask = jaw_mask(record.landmarks, box, settings.left_cheek_width, settings.right_cheek_width, settings.upper_boundary_ratio, settings.feather)
+    shape = settings.left_cheek_width, settings.right_cheek_width, settings.upper_boundary_ratio, settings.feather
+    if settings.parsing_mode is None: mask = cv2.convertScaleAbs(jaw_mask(record.landmarks, box, *shape), alpha=255)
+    else: mask, = parsed_masks(load_parser(None, str(bundle.device)), [image], [box], settings.parsing_mode, *shape)
     mouth = source_mouth(record.landmarks, box, rest, bundle.image_size)
-    return PreparedFace(box, crop_face(image, box, bundle.image_size), cv2.convertScaleAbs(mask, alpha=255), mouth=mouth)
+    return PreparedFace(box, crop_face(image, box, bundle.image_size), mask, mouth=mouth)
 
 # %% ../nbs/59_stages.ipynb #26841522
 class FaceCache:

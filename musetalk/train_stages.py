@@ -10,6 +10,7 @@ __all__ = ['logger', 'CROP_SCALE', 'CACHED', 'StageModel', 'encode_frames', 'run
 # %% ../nbs/57_train_stages.ipynb #5700a003
 import logging
 from pathlib import Path
+from zlib import crc32
 
 import cv2
 import numpy as np
@@ -99,7 +100,7 @@ def cache_faces(clips:FaceClips, # whose frames
         row = clips.rows[index]
         if row['frames'] < max(2, run): continue
         for number in range(max(1, views)):
-            rng = np.random.default_rng([seed, index, number])
+            rng = np.random.default_rng([seed, crc32(row['name'].encode()), number])
             view = random_view(rng, float(views > 0), margin)
             starts = run_starts(row['frames'], run, step(row), int(rng.integers(step(row))))
             frames = np.unique((starts[:, None] + np.arange(run)).ravel())

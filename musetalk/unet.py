@@ -6,7 +6,6 @@
 __all__ = ['LAYOUTS', 'LatentPainter', 'load_painter']
 
 # %% ../nbs/31_unet.ipynb #0132799b
-import json
 from pathlib import Path
 
 import torch
@@ -45,18 +44,10 @@ class LatentPainter(ModelMixin, ConfigMixin):
 LAYOUTS = 'full', 'mouth'
 
 # %% ../nbs/31_unet.ipynb #0187dc26
-def load_painter(folder, # ours: config.json + safetensors; official: musetalk.json + unet.pth
+def load_painter(folder, # config.json and safetensors
                  device='cpu', dtype=torch.float32
                 )->LatentPainter: # in evaluation mode, frozen
-    "The painter of a folder. Raises `BundleError` when weights and configuration do not fit."
-    folder = Path(folder)
-    if (folder/'config.json').exists():
-        model = LatentPainter.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
-    else:
-        config = {k: v for k, v in json.loads((folder/'musetalk.json').read_text()).items() if not k.startswith('_')}
-        file = next((folder/n for n in ('unet.pth', 'pytorch_model.bin') if (folder/n).exists()), None)
-        if file is None: raise BundleError(f"{folder} has musetalk.json but neither unet.pth nor pytorch_model.bin: fetch the weights again")
-        model = LatentPainter(config)
-        try: model.network.load_state_dict(torch.load(file, map_location='cpu', weights_only=True))
-        except RuntimeError as problem: raise BundleError(f'{file} does not fit {folder/"musetalk.json"}: {str(problem).splitlines()[0]}') from problem
+    "The painter of a folder. Raises `BundleError` when there is none"
+    if not (Path(folder)/'config.json').exists(): raise BundleError(f'{folder} has no config.json, so it holds no painter; fetch the bundle again')
+    model = LatentPainter.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
     return nn.Module.to(model, device, dtype).eval().requires_grad_(False)
