@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'OVERVIEW', 'VIDEO', 'AUDIO', 'TEXT', 'BUNDLE', 'DEVICE', 'DTYPE', 'JSON', 'LOOK', 'FLOW', 'MAKING',
-           'SETTINGS', 'Command', 'option', 'command', 'build_parser', 'main', 'given_settings', 'speak', 'run_dub',
-           'run_preview', 'run_info', 'run_download', 'run_models', 'run_demo', 'run_bench', 'command_line',
-           'run_preprocess', 'run_train', 'run_evaluate']
+           'SETTINGS', 'AVATARS', 'Command', 'option', 'command', 'build_parser', 'main', 'given_settings', 'speak',
+           'run_dub', 'run_preview', 'run_info', 'run_download', 'run_models', 'run_demo', 'run_bench', 'command_line',
+           'run_avatar', 'run_serve', 'run_preprocess', 'run_train', 'run_evaluate']
 
 # %% ../nbs/72_cli.ipynb #c1a53ef7
 import argparse
@@ -70,6 +70,7 @@ examples:
   musetalk preview --video me.mp4 --audio speech.wav           one frame, with box and mask, to see whether it fits
   musetalk dub --video me.mp4 --audio speech.wav --out me-dubbed.mp4
   musetalk dub --video portrait.png --text "Hello there." --out hello.mp4
+  musetalk serve                                               a live avatar in your browser
 
 `musetalk COMMAND --help` tells more about a command.
 '''
@@ -151,6 +152,7 @@ LOOK = ('how it should look', (
     _look('right_cheek_width', float, "the same on the picture's right (default: 90)"),
     _look('upper_boundary_ratio', float, 'upper line of the mask as a fraction of the box (default: 0.5)'),
     _look('feather', float, "softness of the mask's edge, fraction of the box, 0 to 0.25 (default: 0.05)"),
+    _look('parsing_mode', str, 'mask by face parsing, as the original draws it: jaw, raw or neck (default: from landmarks)', metavar='MODE'),
     _look('sharpen', float, 'most sharpening of a wholly painted face, 0 is off (default: 0.8)'),
     _look('grain', float, "share of the footage's grain to add, 0 to 1 (default: 0)"),
     option('--no-match', dest='match', action='store_false', default=argparse.SUPPRESS, help='do not match colours around the mask')))
@@ -346,6 +348,88 @@ def command_line(
     "A command for a record, without the folders of one machine"
     kept = [word for before, word in zip(['', *words], words) if without not in (before, word)]
     return shlex.join(['musetalk', *(Path(word).name if '/' in word else word for word in kept)])
+
+# %% ../nbs/72_cli.ipynb #e08ff39b
+AVATARS = option('--avatars', metavar='DIR', help='folder in which avatars live (default: MUSETALK_AVATARS, or one in your cache)')
+
+@command('avatar', 'prepare a face once, then let it speak as often as you like',
+         option('action', nargs='?', choices=('prepare', 'list', 'delete', 'speak'), help='what to do'), option('name', nargs='?', metavar='NAME', help='of the avatar (default for `prepare`: the name of the footage)'),
+         VIDEO, AUDIO, TEXT, option('--out', metavar='FILE', help='result of `speak` (default: results/<name>_<audio>.mp4)'),
+         option('--config', metavar='FILE', help="do what an avatar file of the original program's real-time script says"),
+         option('--result-dir', default='results', metavar='DIR', help='folder for results without --out (default: results)'), AVATARS,
+         option('--again', action='store_true', help='prepare even if nothing has changed'),
+         LOOK, FLOW, MAKING, ('model', (BUNDLE, DEVICE, DTYPE)), JSON, option('--no-progress', action='store_true', help='show no progress bar'),
+         examples=('avatar prepare anna --video anna.mp4', 'avatar speak anna --audio hello.wav --out hello.mp4', 'avatar list', 'avatar --config configs/inference/realtime.yaml'))
+def run_avatar(args):
+    "musetalk avatar"
+    if bool(args.config) == bool(args.action): raise ConfigError('Say what to do: prepare, list, delete or speak; or give --config FILE instead.')
+    if args.action in ('delete', 'speak') and not args.name: raise ConfigError(f'Name the avatar: musetalk avatar {args.action} NAME; `musetalk avatar list` shows them.')
+    from musetalk.avatar import Avatar
+    told = _avatar_actions[args.action](args, Avatar)
+    if args.json: print(_as_json(told))
+    else:
+        for row in told: print(row['line'] if 'line' in row else f"{row['output']}: {row['frames']} frames in {row['seconds']} s ({row['frames_per_second']} a second)")
+
+def _avatar_row(info): # what is told of an avatar
+    line = f"{info['name']}: {info['width']}x{info['height']}, {info['frames']} frames at {info['fps']} fps, prepared with {info['bundle']} in {info['cost']['seconds']} s, {_size(info['cost']['bytes']).strip()}"
+    return dict(line=line) | {name:info[name] for name in ('name', 'source', 'width', 'height', 'fps', 'frames', 'frames_without_face', 'bundle', 'cost')}
+
+# %% ../nbs/72_cli.ipynb #464ed180
+def _avatar_prepare(args, Avatar):
+    if not args.video: raise ConfigError('There is no footage; give --video PATH (a video, a picture, or a folder of pictures).')
+    return [_avatar_row(Avatar.prepare(args.video, args.name, args.bundle, args.avatars, args.device, _bar(args), args.again, **given_settings(args)).info)]
+
+def _avatar_speak(args, Avatar):
+    from musetalk.live import speak_to_file
+    out = args.out or f"{args.result_dir}/{args.name}_{Path(args.audio).stem if args.audio else 'text'}.mp4"
+    with _sound(args) as audio: return [speak_to_file(Avatar.load(args.name, args.bundle, args.avatars, args.device, _bar(args)), audio, out, given_settings(args).get('crf', 18))]
+
+def _avatar_file(args, Avatar):
+    "Avatars and clips of a file of the original program"
+    from musetalk.bundle import load_bundle
+    from musetalk.live import speak_to_file
+    from musetalk.reference import read_avatars
+    tasks, told = read_avatars(args.config), []
+    bundle = load_bundle(args.bundle, args.device)
+    for task in tasks:
+        avatar = Avatar.prepare(task.video, task.name, bundle, args.avatars, None, _bar(args), args.again, **(dict(bbox_shift=task.bbox_shift) | given_settings(args)))
+        told += [speak_to_file(avatar, audio, Path(args.result_dir)/task.name/f'{clip}.mp4', avatar.settings.crf) for clip, audio in task.audio_clips.items()] or [_avatar_row(avatar.info)]
+        avatar.close()
+    return told
+
+def _avatar_delete(args, Avatar):
+    Avatar.delete(args.name, args.avatars)
+    return [dict(line=f'{args.name} is gone', name=args.name)]
+
+_avatar_actions = {'prepare':_avatar_prepare, 'speak':_avatar_speak, 'delete':_avatar_delete, 'list':lambda args, Avatar: [_avatar_row(info) for info in Avatar.list(args.avatars)], None:_avatar_file}
+
+# %% ../nbs/72_cli.ipynb #323596ff
+@command('serve', 'live avatars for browsers and programs, on this machine', option('--host', default='127.0.0.1', metavar='ADDRESS', help='where to listen; 0.0.0.0 is everywhere, with a token (default: 127.0.0.1)'),
+         option('--port', type=int, default=8000, metavar='N', help='0 takes any free one (default: 8000)'),
+         option('--token', metavar='WORD', help='ask for it (default: MUSETALK_TOKEN; beyond 127.0.0.1 one is made and shown)'),
+         option('--video', metavar='PATH', help='prepare this footage first'), option('--name', metavar='NAME', help='of its avatar (default: the name of the footage)'), AVATARS,
+         option('--sessions', type=int, default=8, metavar='N', help='viewers at once, if the machine can keep them (default: 8)'),
+         option('--upload-mb', type=float, default=2000, metavar='MB', help='largest upload (default: 2000)'),
+         option('--no-check', action='store_true', help='take viewers even if the machine is too slow for one more'),
+         LOOK, FLOW, ('model', (BUNDLE, DEVICE, DTYPE)), examples=('serve', 'serve --video anna.mp4 --port 9000', 'serve --host 0.0.0.0'))
+def run_serve(args):
+    "musetalk serve"
+    from musetalk.serve import need_server, serve
+    need_server()
+    from musetalk.avatar import Avatar
+    from musetalk.live import ServeLimits, Studio
+    studio = Studio(args.bundle, args.avatars, args.device, ServeLimits(sessions=args.sessions, upload_bytes=round(args.upload_mb*1e6)), not args.no_check)
+    if args.video: Avatar.prepare(args.video, args.name, studio.bundle, studio.folder, progress=_bar(args), **given_settings(args))
+    elif not studio.names(): _first_avatar(Avatar, studio)
+    serve(studio, args.host, args.port, args.token or os.environ.get('MUSETALK_TOKEN') or None, lambda line: print(f'Open {line}   (Ctrl-C ends it)', flush=True))
+
+def _first_avatar(Avatar, studio):
+    "Somebody to look at: the portrait of the demo"
+    from musetalk.bench import demo_portrait
+    from musetalk.core import save_image
+    with tempfile.TemporaryDirectory() as folder:
+        save_image(f'{folder}/Astronaut.png', demo_portrait(512))
+        Avatar.prepare(f'{folder}/Astronaut.png', None, studio.bundle, studio.folder, progress=False)
 
 # %% ../nbs/72_cli.ipynb #ca5b7aa1
 @command('preprocess', 'turn a folder of talking videos into lessons for training',

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['logger', 'STATUSES', 'HEADER', 'Refused', 'status_of', 'ServeLimits', 'Buckets', 'pcm', 'pack_frame', 'unpack_frame',
-           'PictureEncoder', 'LiveSession', 'Studio', 'safe_ending', 'Text']
+           'PictureEncoder', 'LiveSession', 'Studio', 'safe_ending', 'Text', 'speak_to_file']
 
-# %% ../nbs/63_live.ipynb #d3d6c485
+# %% ../nbs/63_live.ipynb #3f316b8f
 import asyncio
 import logging
 import queue
@@ -32,7 +32,7 @@ from fastcore.basics import patch
 from .avatar import Avatar, avatar_name, avatars_folder
 from .bundle import Bundle, load_bundle
 from .core import BundleError, ConfigError, FaceError, MediaError, MuseTalkError
-from .media import audio_blocks
+from .media import VideoWriter, audio_blocks
 from .stream import AvatarStream, Batcher, CapacityError, LiveFrame, StreamError, as_samples
 
 # %% ../nbs/63_live.ipynb #d5ce0e8f
@@ -334,7 +334,7 @@ class Studio:
         if avatar_name(name) not in self.names(): raise Refused(f"There is no avatar '{name}'; there are: {', '.join(self.names()) or 'none'}.", 404)
         return name
 
-# %% ../nbs/63_live.ipynb #3c93c9f3
+# %% ../nbs/63_live.ipynb #07164eab
 @patch
 def _stream(self:Studio, name, sample_rate):
     "Open a stream; runs in a worker thread"
@@ -358,6 +358,7 @@ def _release(self:Studio, name):
         del self.avatars[name]
     entry[0].close()
 
+# %% ../nbs/63_live.ipynb #c1ae0609
 @patch
 async def admit(self:Studio,
     name:str, # Of an avatar
@@ -387,7 +388,7 @@ async def _opened(self:Studio, name, sample_rate):
     try: return await asyncio.shield(asyncio.wrap_future(work))
     except asyncio.CancelledError: work.add_done_callback(unwanted); raise
 
-# %% ../nbs/63_live.ipynb #389b511e
+# %% ../nbs/63_live.ipynb #5f0cbf5b
 @patch
 async def dismiss(self:Studio,
     session:LiveSession, # Of this studio
@@ -418,7 +419,7 @@ async def shut(self:Studio):
     self.workers.shutdown(wait=False, cancel_futures=True)
     self.scratch.cleanup()
 
-# %% ../nbs/63_live.ipynb #1a3851be
+# %% ../nbs/63_live.ipynb #a40fa273
 def safe_ending(
     name:str, # Of a file, from a stranger
 ) -> str: # '.mp4' or the like; '' if there is none that is plain
@@ -450,7 +451,7 @@ async def take_upload(self:Studio,
     self.counts['uploads'], self.counts['upload_bytes'] = self.counts['uploads'] + 1, self.counts['upload_bytes'] + size
     return path
 
-# %% ../nbs/63_live.ipynb #9992c95f
+# %% ../nbs/63_live.ipynb #e62542ec
 @patch
 def prepare(self:Studio,
     path:Path, # An upload; removed afterwards
@@ -490,7 +491,7 @@ def say_file(self:Studio,
     try: session.say(pieces, session.stream.sample_rate, lambda: path.unlink(missing_ok=True))
     except MuseTalkError: path.unlink(missing_ok=True); raise
 
-# %% ../nbs/63_live.ipynb #4a2b1c95
+# %% ../nbs/63_live.ipynb #6e346e29
 @dataclass
 class Text:
     "Something to say"
@@ -515,3 +516,25 @@ def say_text(self:Studio,
         speak(text.text, path, text.speed)
         yield from audio_blocks(path, .5, session.stream.sample_rate)
     session.say(pieces, session.stream.sample_rate, lambda: path.unlink(missing_ok=True))
+
+# %% ../nbs/63_live.ipynb #ace41101
+def speak_to_file(
+    avatar:Avatar, # Who speaks
+    audio:str|Path, # Sound file, or video with sound
+    out:str|Path, # Video to write, .mp4, .mov or .mkv
+    crf:int=18, # H.264 quality, 0 lossless to 51 worst
+) -> dict: # output, frames, seconds it took, frames_per_second
+    "Let an avatar say a file. Raises `MediaError` if it cannot be read or written"
+    start = clock.perf_counter()
+    with AvatarStream(avatar, live=False, patience=3600, check=False) as stream, VideoWriter(out, avatar.fps, avatar.width, avatar.height, audio, crf) as writer:
+        def show():
+            frame = stream.pull(None)
+            writer.write(frame.image)
+            return frame.last
+        for block in audio_blocks(audio, 1.):
+            while stream.waiting > 20: show()
+            stream.push(block)
+        stream.end()
+        while not show(): pass
+    seconds = clock.perf_counter() - start
+    return dict(output=str(out), frames=writer.count, seconds=round(seconds, 2), frames_per_second=round(writer.count/seconds, 1))

@@ -132,7 +132,7 @@ def metrics(self:Studio) -> str: # Text
             for kind, group in (('counter', counters), ('gauge', gauges)) for name, value in group.items()]
     return ''.join(f'# TYPE {name} {kind}\n{name} {value:.6g}\n' if isinstance(value, float) else f'# TYPE {name} {kind}\n{name} {value}\n' for name, kind, value in rows)
 
-# %% ../nbs/63_serve.ipynb #5b3bde65
+# %% ../nbs/63_serve.ipynb #6b0ee136
 WEBSOCKET = '''
 ### WebSocket `/v1/stream?avatar=NAME&sample_rate=16000&format=jpeg`
 
@@ -154,6 +154,7 @@ class Offer:
     sdp:str # Session description
     type:str='offer' # As browsers call it
 
+# %% ../nbs/63_serve.ipynb #b073c829
 def _avatar_routes(app, studio):
     from fastapi import Request
     from fastapi.responses import Response
@@ -190,7 +191,7 @@ def _length(request):
     value = request.headers.get('content-length', '')
     return int(value) if value.isdigit() else None
 
-# %% ../nbs/63_serve.ipynb #82d4e9c1
+# %% ../nbs/63_serve.ipynb #04478b5e
 def _session_routes(app, studio):
     from fastapi import Request
 
@@ -223,7 +224,7 @@ def _session_routes(app, studio):
         session._deliver('closed', 'ended on request')
         await studio.dismiss(session)
 
-# %% ../nbs/63_serve.ipynb #2ef6012a
+# %% ../nbs/63_serve.ipynb #5f48976f
 class SocketViewer:
     "A program at the other end of a WebSocket"
     def __init__(self,
@@ -262,7 +263,7 @@ class SocketViewer:
                 picture, key = (b'', False) if self.behind > 5 else await asyncio.get_running_loop().run_in_executor(self.studio.workers, encoder, value.image, value.number)
                 await self.socket.send_bytes(pack_frame(value, picture, key))
 
-# %% ../nbs/63_serve.ipynb #a9d327f1
+# %% ../nbs/63_serve.ipynb #f23d24af
 @patch
 async def read(self:SocketViewer, session, sample_rate):
     "Take sound and commands until the client leaves. Raises `Refused` for one who sends nothing but nonsense"
@@ -289,7 +290,7 @@ def obey(self:SocketViewer, session, command):
     elif kind == 'say': self.studio.say_text(session, Text(str(command.get('text', '')), float(command.get('speed', 1))))
     else: raise Refused(f'Unknown command {str(kind)[:40]!r}; use end, interrupt, say or figures.')
 
-# %% ../nbs/63_serve.ipynb #598adcb8
+# %% ../nbs/63_serve.ipynb #8e06230c
 @patch
 async def run(self:SocketViewer,
     avatar:str, # Name
@@ -326,7 +327,7 @@ async def _farewell(self:SocketViewer, code, reason):
             await self.socket.close(code)
     except Exception as error: logger.debug('a client left before the good-bye: %s', error) # whatever the library raises then
 
-# %% ../nbs/63_serve.ipynb #d43df0f0
+# %% ../nbs/63_serve.ipynb #1d0861a6
 POLICY = "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; connect-src 'self' ws: wss:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 
 def make_app(
@@ -352,7 +353,7 @@ def make_app(
     for routes in (_avatar_routes, _session_routes, _other_routes): routes(app, studio)
     return app
 
-# %% ../nbs/63_serve.ipynb #bb69eefb
+# %% ../nbs/63_serve.ipynb #fff3f6d5
 def _other_routes(app, studio):
     from fastapi import WebSocket
     from fastapi.responses import FileResponse, PlainTextResponse
@@ -378,7 +379,7 @@ def _other_routes(app, studio):
 
     app.mount('/static', StaticFiles(directory=static), name='static')
 
-# %% ../nbs/63_serve.ipynb #ea5d9016
+# %% ../nbs/63_serve.ipynb #6ae705be
 def bind(
     host:str, # Name or address to listen on
     port:int, # 0: any free one
@@ -402,7 +403,7 @@ def make_server(
     return uvicorn.Server(uvicorn.Config(app, log_level='warning', access_log=False, ws='websockets-sansio', ws_max_size=limits.message_bytes, ws_ping_interval=10, ws_ping_timeout=20,
                                          ws_per_message_deflate=False, timeout_keep_alive=20, timeout_graceful_shutdown=5, limit_concurrency=500, server_header=False))
 
-# %% ../nbs/63_serve.ipynb #b07e401f
+# %% ../nbs/63_serve.ipynb #ff72359b
 @contextmanager
 def running(
     studio:Studio, # What is served; shut at the end

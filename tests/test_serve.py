@@ -7,6 +7,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -18,14 +19,13 @@ import pytest
 
 for needed in ('fastapi', 'uvicorn', 'websockets', 'aiortc'): pytest.importorskip(needed, reason="needs the extra: pip install 'musetalk[serve]'")
 
-import torch
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from musetalk.avatar import Avatar
 from musetalk.bundle import load_bundle
 from musetalk.core import ConfigError, save_image
-from musetalk.live import LiveSession, ServeLimits, Studio, unpack_frame
+from musetalk.live import ServeLimits, Studio, unpack_frame
 from musetalk.media import write_audio
 from musetalk.serve import bind, running, serve
 from musetalk.stream import Batcher
@@ -552,6 +552,44 @@ def test_offers_that_are_none(studio, address):
     for body, status in ((dict(avatar='she', sdp='x'), 400), (dict(avatar='she', sdp='m=audio 9\nm=video 9\n'), 400), (dict(avatar='nobody', sdp='m=audio 9\nm=video 9\n'), 404), (dict(avatar='../x', sdp='m=audio 9\nm=video 9\n'), 400), (dict(sdp='x'), 422), (dict(avatar=1, sdp=[]), 422)):
         assert ask(address, 'POST', '/v1/sessions', body)[0] == status
     assert not studio.sessions and not studio.peers
+
+
+# Broadcasts
+
+LISTENER = """
+import av, sys
+with av.open(sys.argv[1], 'r', format='flv', options={'listen':'1'}) as container:
+    pictures, sounds = [], 0
+    for frame in container.decode():
+        if isinstance(frame, av.VideoFrame): pictures.append(float(frame.pts*frame.time_base))
+        else: sounds += 1
+        if len(pictures) > 20 and sounds > 20: break
+print(len(pictures), sounds, round(min(pictures), 2), frame is not None)
+"""
+
+
+def free_port():
+    with bind('127.0.0.1', 0) as taken: return taken.getsockname()[1]
+
+
+def test_broadcast(studio, address):
+    target = f'rtmp://127.0.0.1:{free_port()}/live/key'
+    listener = subprocess.Popen([sys.executable, '-c', LISTENER, target], stdout=subprocess.PIPE, text=True)
+    try:
+        status, session = ask(address, 'POST', '/v1/broadcasts', dict(avatar='she', address=target))
+        assert status == 201
+        pictures, sounds, first, _ = listener.communicate(timeout=PATIENT)[0].split()
+        assert int(pictures) > 20 and int(sounds) > 20 and float(first) == 0
+    finally: listener.kill()
+    assert ask(address, 'DELETE', f"/v1/sessions/{session['id']}")[0] in (204, 404)
+
+
+def test_broadcast_to_nowhere(studio, address):
+    for wrong in ('/tmp/file.flv', 'file:x', 'http://127.0.0.1/x', ''): assert ask(address, 'POST', '/v1/broadcasts', dict(avatar='she', address=wrong))[0] == 400
+    assert not studio.sessions
+    status, session = ask(address, 'POST', '/v1/broadcasts', dict(avatar='she', address=f'rtmp://127.0.0.1:{free_port()}/live/key'))
+    wait_for(lambda: studio.peers[session['id']].tries)
+    assert ask(address, 'GET', '/health')[0] == 200 and ask(address, 'DELETE', f"/v1/sessions/{session['id']}")[0] == 204
 
 
 # A browser
