@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'LOOPBACK', 'OPEN_PATHS', 'WEBSOCKET', 'POLICY', 'need_server', 'is_loopback', 'check_request', 'Guard',
-           'memory_bytes', 'Offer', 'SocketViewer', 'make_app', 'bind', 'make_server', 'running', 'serve']
+           'memory_bytes', 'Offer', 'Target', 'SocketViewer', 'make_app', 'bind', 'make_server', 'running', 'serve']
 
 # %% ../nbs/63_serve.ipynb #24ea2e04
 import asyncio
@@ -132,7 +132,7 @@ def metrics(self:Studio) -> str: # Text
             for kind, group in (('counter', counters), ('gauge', gauges)) for name, value in group.items()]
     return ''.join(f'# TYPE {name} {kind}\n{name} {value:.6g}\n' if isinstance(value, float) else f'# TYPE {name} {kind}\n{name} {value}\n' for name, kind, value in rows)
 
-# %% ../nbs/63_serve.ipynb #6b0ee136
+# %% ../nbs/63_serve.ipynb #5a5222e4
 WEBSOCKET = '''
 ### WebSocket `/v1/stream?avatar=NAME&sample_rate=16000&format=jpeg`
 
@@ -153,6 +153,12 @@ class Offer:
     avatar:str # Name
     sdp:str # Session description
     type:str='offer' # As browsers call it
+
+@dataclass
+class Target:
+    "Where a broadcast goes"
+    avatar:str # Name
+    address:str # Such as rtmp://host/live/key
 
 # %% ../nbs/63_serve.ipynb #b073c829
 def _avatar_routes(app, studio):
@@ -191,7 +197,7 @@ def _length(request):
     value = request.headers.get('content-length', '')
     return int(value) if value.isdigit() else None
 
-# %% ../nbs/63_serve.ipynb #04478b5e
+# %% ../nbs/63_serve.ipynb #2f1e402d
 def _session_routes(app, studio):
     from fastapi import Request
 
@@ -203,6 +209,11 @@ def _session_routes(app, studio):
         need_server()
         from musetalk.webrtc import answer
         return await answer(studio, offer, request.client.host if request.client else '')
+
+    @app.post('/v1/broadcasts', status_code=201, summary='Begin a broadcast to an RTMP server')
+    async def begin(target: Target, request: Request):
+        from musetalk.broadcast import broadcast
+        return (await broadcast(studio, target.avatar, target.address, request.client.host if request.client else '')).figures()
 
     @app.get('/v1/sessions/{number}', summary='Figures of one session')
     def figures(number: str): return studio.session(number).figures()

@@ -240,7 +240,6 @@ def test_too_many_commands(address):
 
 def test_client_vanishes(studio, address, words):
     "A cable that is cut: no good-bye, six times. Threads and sessions return"
-    before = threading.active_count()
     for _ in range(6):
         line = Line(address)
         line.until('ready')
@@ -249,7 +248,7 @@ def test_client_vanishes(studio, address, words):
         line.line.socket.shutdown(socket.SHUT_RDWR)
         line.line.socket.close()
     wait_for(lambda: not studio.sessions and not studio.avatars and not studio.batcher.sessions)
-    wait_for(lambda: threading.active_count() <= before + 4)
+    wait_for(lambda: not [thread for thread in threading.enumerate() if thread.name == 'musetalk-session'])
 
 
 def test_reader_that_does_not_read(toy, home, words):
@@ -579,9 +578,10 @@ def test_broadcast(studio, address):
         status, session = ask(address, 'POST', '/v1/broadcasts', dict(avatar='she', address=target))
         assert status == 201
         pictures, sounds, first, _ = listener.communicate(timeout=PATIENT)[0].split()
-        assert int(pictures) > 20 and int(sounds) > 20 and float(first) == 0
-    finally: listener.kill()
-    assert ask(address, 'DELETE', f"/v1/sessions/{session['id']}")[0] in (204, 404)
+        assert int(pictures) > 20 and int(sounds) > 20 and float(first) < .1
+    finally:
+        listener.kill()
+        assert ask(address, 'DELETE', f"/v1/sessions/{session['id']}")[0] in (204, 404)
 
 
 def test_broadcast_to_nowhere(studio, address):
