@@ -222,7 +222,7 @@ def train_face_stage(kind:str, # 'stage1' or 'stage2'
                      config:dict, # from `complete`
                      data, # folder written by `preprocess`
                      output:Path, # folder of the run
-                     stop_at:int=None, show_progress:bool=True # of `train_faces`
+                     stop_at:int=None, log_every:int=20, show_progress:bool=True # of `train_faces`
                     )->dict: # the last validation
     "One stage of a painter of whole crops; writes `bundle/` at its end"
     from accelerate import PartialState
@@ -243,7 +243,7 @@ def train_face_stage(kind:str, # 'stage1' or 'stage2'
     model = FaceModel(painter, vae, checkpointing)
     if before: continue_from(model, before); logger.info('%s begins with %s', output, before)
     trainer = train_faces(output, model, FaceStep(vae, losses, config['positional_encoding'], config['ref_dropout_rate']), lessons, tests, adversaries=adversaries, validate_every=config['val_freq'], checks=config['val_batches'],
-                          columns=config['num_images_to_keep'], checkpointing=checkpointing, workers=given['num_workers'], save_every=config['checkpointing_steps'], stop_at=stop_at, show_progress=show_progress, **trainer_options(config))
+                          columns=config['num_images_to_keep'], checkpointing=checkpointing, workers=given['num_workers'], save_every=config['checkpointing_steps'], stop_at=stop_at, log_every=log_every, show_progress=show_progress, **trainer_options(config))
     if trainer.step == trainer.steps and trainer.accelerator.is_main_process:
         with trainer.averaged(): save_faces(painter, vae, output/'bundle', config, data, encoder, layers)
     return last_scores(output)

@@ -1,0 +1,177 @@
+"The two-stage training of whole faces, in miniature: it learns, goes on exactly, runs in two processes, and says what is wrong"
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import patch
+import numpy as np
+import pytest
+import torch
+from musetalk.bundle import load_bundle
+from musetalk.core import BundleError, ConfigError, MediaError, read_json
+from musetalk.dataset import FaceClips, FaceLessons, talking_film
+from musetalk.losses import Losses, LossWeights
+from musetalk.recipes import complete, read_config, train, train_face_stage
+from musetalk.syncnet import load_syncnet
+from musetalk.train import Trainer
+from musetalk.train_faces import FaceModel, FaceStep, StageLessons, SyncTerm
+from musetalk.train_parts import train_vae
+from musetalk.unet import LatentPainter
+from musetalk.vae import FaceVAE, load_vae
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope='module')
+def film(tmp_path_factory):
+    "A preprocessed folder of three made-up people"
+    from skimage.data import astronaut
+    landmarks = np.float32(read_json(ROOT/'nbs'/'samples'/'astronaut_landmarks.json'))
+    return talking_film(tmp_path_factory.mktemp('film'), astronaut(), landmarks, frames=16)
+
+
+@pytest.fixture(scope='module')
+def autoencoder(film, tmp_path_factory):
+    "A very small autoencoder that has seen the film"
+    output = tmp_path_factory.mktemp('autoencoder')
+    train_vae(film, output, steps=60, batch=6, rate=6e-3, network=dict(encoder_channels=(16, 32), encoder_blocks=(0, 0), decoder_channels=(32, 16, 8), decoder_blocks=(0, 0, 0)), show_progress=False)
+    return output/'vae'
+
+
+@pytest.fixture
+def config(tmp_path, autoencoder, monkeypatch):
+    "Makes the tiny configuration of a stage"
+    monkeypatch.chdir(ROOT)
+
+    def make(kind, name=None, steps=None, **keys):
+        whole = read_config(ROOT/'configs'/'training'/f'tiny_{kind}.yaml') | dict(vae=str(autoencoder), output_dir=str(tmp_path/'runs')) | keys
+        if name: whole['exp_name'] = name
+        if steps: whole['solver'] = whole['solver'] | dict(max_train_steps=steps)
+        return complete(kind, whole)
+    return make
+
+
+def run(kind, config, film, **options):
+    output = Path(config['output_dir'])/config['exp_name']
+    train_face_stage(kind, config, film, output, show_progress=False, **options)
+    return output
+
+
+def losses(output, name='loss'): return [line[name] for line in map(json.loads, open(output/'log.jsonl')) if name in line]
+
+
+def state(output):
+    from safetensors.torch import load_file
+    return load_file(output/'checkpoint.safetensors')
+
+
+def test_stages_learn(film, config):
+    "Both stages' errors fall clearly on a few clips; the bundle records what it was trained with"
+    first = run('stage1', config('stage1', steps=40), film, log_every=4)
+    fall = losses(first, 'l1')
+    assert np.mean(fall[-3:]) < .6*fall[0]
+    scratch = complete('stage2', read_config(ROOT/'configs'/'training'/'tiny_stage2.yaml') | dict(vae=config('stage2')['vae'], output_dir=str(first.parent), random_init_unet=True, start=str(run('stage1', config('stage1', 'begun', 1), film))))
+    scratch['solver'] |= dict(max_train_steps=16, learning_rate=4e-3)
+    second = run('stage2', scratch, film, log_every=2)
+    fall = losses(second, 'l1')
+    assert np.mean(fall[-3:]) < .8*fall[0] and {'sync', 'adversarial', 'mouth_adversarial'} <= set(json.loads(open(second/'log.jsonl').readlines()[-2]))
+    made = load_bundle(second/'bundle', 'cpu', 'float32')
+    assert (made.painter.config.layout, made.positional_encoding, made.left, made.right, made.crop_rule.name) == ('full', True, 2, 2, 'rigid')
+
+
+def test_second_stage_begins_with_the_first(film, config):
+    "By itself: with the averaged weights of the run beside it"
+    begun = state(run('stage1', config('stage1', steps=2), film))
+    still = config('stage2', solver=dict(max_train_steps=1, learning_rate=0., gradient_accumulation_steps=1))
+    weights = state(run('stage2', still, film))
+    for name in begun:
+        if name.startswith('model/average.'): assert torch.equal(weights[name.replace('average.', 'model.')], begun[name])
+
+
+@pytest.mark.parametrize('kind', ['stage1', 'stage2'])
+def test_resumes_exactly(kind, film, config):
+    "A run that was cut has the same weights, judges, moments and losses in the end"
+    if kind == 'stage2': run('stage1', config('stage1', steps=1), film)
+    whole = run(kind, config(kind, 'whole', 3), film)
+    run(kind, config(kind, 'cut', 3), film, stop_at=2)
+    cut = run(kind, config(kind, 'cut', 3), film)
+    a, b = state(whole), state(cut)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert any('discriminator/' in name for name in a) == (kind == 'stage2')
+
+
+PROGRAM = """
+import sys, json
+from pathlib import Path
+import torch
+from musetalk.recipes import complete, read_config, train_face_stage
+torch.set_num_threads(1)
+film, vae, out, kind, batch = sys.argv[1:]
+config = read_config(f'configs/training/tiny_{kind}.yaml') | dict(vae=vae, output_dir=out, exp_name='p' + batch, start=out + '/stage1' if kind == 'stage2' else None)
+config['data'] = config['data'] | dict(train_bs=int(batch)); config['solver'] = config['solver'] | dict(max_train_steps=2, learning_rate=1e-4)
+train_face_stage(kind, complete(kind, config), film, Path(out)/config['exp_name'], show_progress=False)
+"""
+
+
+@pytest.mark.parametrize('kind', ['stage1', 'stage2'])
+def test_two_processes_are_one_with_twice_the_batch(kind, film, config, autoencoder, tmp_path):
+    "Gradients: Adam's first moments after two steps agree to float precision, judges' too"
+    if kind == 'stage2': run('stage1', config('stage1', steps=1), film)
+    (tmp_path/'program.py').write_text(PROGRAM)
+    for processes, batch in ((1, 2), (2, 1)):
+        command = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes), tmp_path/'program.py', film, autoencoder, tmp_path/'runs', kind, str(batch)]
+        done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT)))
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = state(tmp_path/'runs'/'p2'), state(tmp_path/'runs'/'p1')
+    moments = [name for name in one if '/exp_avg.' in name]
+    assert len(moments) > 50
+    for name in moments: assert (one[name] - two[name]).abs().max() <= 1e-6 + 1e-3*one[name].abs().max(), name
+
+
+def test_sync_loss_pulls(film, autoencoder):
+    "SyncNet changes the painter's gradients, and with wrong sound it changes them otherwise"
+    syncnet, vae = load_syncnet(ROOT/'models'/'syncnet-mini'), load_vae(autoencoder)
+    lessons = StageLessons(FaceLessons(FaceClips(film, 'train'), frames=10, strength=0), syncnet=syncnet)
+    batch = torch.utils.data.default_collate([lessons(np.random.default_rng(0))]) | dict(spoken=torch.ones(1))
+    torch.manual_seed(0)
+    painter = LatentPainter(read_config(ROOT/'configs'/'training'/'tiny_stage1.yaml')['unet'], layout='full')
+    model = FaceModel(painter, vae)
+
+    def gradient(weight, batch=batch):
+        model.zero_grad()
+        step = FaceStep(vae, Losses(LossWeights(l1=1, sync=weight), sync=SyncTerm(syncnet)))
+        step(model, batch, 0)[0].backward()
+        return painter.network.conv_out.weight.grad.clone()
+    plain, pulled, wrong = gradient(0), gradient(1), gradient(1, batch | dict(sound=batch['sound'].flip(-1)))
+    assert (pulled - plain).norm() > .01*plain.norm() and (wrong - pulled).norm() > 1e-3*(pulled - plain).norm()
+
+
+def test_full_disk_leaves_the_old_checkpoint(film, config):
+    output = run('stage1', config('stage1', steps=4), film, stop_at=1)
+    before = (output/'checkpoint.safetensors').read_bytes()
+
+    def full(*args, **kwargs): raise OSError(28, 'No space left on device')
+    with patch.dict(Trainer.save.__globals__, save_file=full), pytest.raises(MediaError, match='disk is full'): run('stage1', config('stage1', steps=4), film)
+    assert (output/'checkpoint.safetensors').read_bytes() == before and not list(output.glob('.partial*'))
+    run('stage1', config('stage1', steps=4), film)
+
+
+def test_refusals(film, config, tmp_path):
+    "One sentence each, before any step"
+    run('stage1', config('stage1', steps=1), film)
+    wider = config('stage1')['unet'] | dict(block_out_channels=[16, 24])
+    with pytest.raises(BundleError, match='is of another model'): run('stage1', config('stage1', unet=wider), film)
+    with pytest.raises(BundleError, match='is of another model'): run('stage2', config('stage2', unet=wider), film)
+    with pytest.raises(MediaError, match='musetalk preprocess'): train('stage1', config('stage1'), tmp_path/'empty')
+    (tmp_path/'list.txt').write_text('portrait.json\ngone.json\n')
+    with pytest.raises(ConfigError, match='holds no clip gone'): run('stage1', config('stage1', 'x', data=dict(train_list=str(tmp_path/'list.txt'), contorl_face_min_size=False, num_workers=0)), film)
+    with pytest.raises(ConfigError, match="Unknown key 'solver.max_steps'"): complete('stage1', dict(solver=dict(max_steps=3)))
+    with pytest.raises(ConfigError, match='n_sample_frames to 10'): run('stage2', config('stage2', 'x', data=dict(n_sample_frames=4, contorl_face_min_size=False, num_workers=0)), film)
+
+
+@pytest.mark.parametrize('error', [torch.OutOfMemoryError('CUDA out of memory'), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_lack_of_memory_is_answered_with_advice(error, film, config):
+    def greedy(self, *args): raise error
+    with patch.object(FaceVAE, 'decode', greedy), pytest.raises(ConfigError, match='data.train_bs from 2 to 1 .*gradient_checkpointing to True'): run('stage1', config('stage1', 'greedy'), film)
