@@ -433,21 +433,26 @@ def _first_avatar(Avatar, studio):
 
 # %% ../nbs/72_cli.ipynb #ca5b7aa1
 @command('preprocess', 'turn a folder of talking videos into lessons for training',
-         option('--source', required=True, metavar='DIR', help='folder of videos, searched deeply'), option('--out', required=True, metavar='DIR', help='folder to write, or to go on with'),
+         option('--source', metavar='DIR', help='folder of videos, searched deeply'), option('--out', metavar='DIR', help='folder to write, or to go on with'),
+         option('--config', metavar='FILE', help='YAML file in place of these, such as configs/training/preprocess.yaml'),
          option('--labels', metavar='FILE', help='JSON rows: file, identity, dev, use, sound ... (default: folder names are people)'),
          option('--val', nargs='*', default=[], metavar='NAME', help='people that are held out'),
          option('--layers', type=int, nargs='*', metavar='N', help='hidden states of the speech encoder to store (default: as the bundle)'),
-         option('--clip-len-second', type=float, default=30, metavar='S', help='longest clip (default: 30)'),
+         option('--clip-len-second', type=float, metavar='S', help='longest clip (default: 30)'),
          option('--least-face', type=float, default=64, metavar='PX', help='narrowest face, pixels (default: 64)'),
          option('--workers', type=int, metavar='N', help='processes (default: one per processor)'),
          ('model', (BUNDLE,)), JSON, examples=('preprocess --source videos --out runs/data --val anna',))
 def run_preprocess(args):
     "musetalk preprocess"
     from musetalk.preprocess import Limits, preprocess
-    counts = preprocess(args.source, args.out, args.bundle, args.labels, args.val, limits=Limits(clip_len_second=args.clip_len_second, least_face=args.least_face),
+    from musetalk.reference import read_preprocessing
+    given = read_preprocessing(args.config) if args.config else {}
+    source, out = args.source or given.get('source'), args.out or given.get('out')
+    if not source or not out: raise ConfigError('Say which videos and where the lessons go: --source DIR --out DIR, or --config FILE.')
+    counts = preprocess(source, out, args.bundle, args.labels, args.val or given.get('val', []), limits=Limits(clip_len_second=args.clip_len_second or given.get('seconds', 30), least_face=args.least_face),
                         layers=args.layers, workers=args.workers, show_progress=_bar(args))
     if args.json: print(_as_json(counts))
-    else: print(f"{args.out}: {counts['clips']} clips of {counts['people']} people, {counts['minutes']:.1f} minutes, {counts['with_sound']} with usable sound; {counts['rejected']} refusals, see rejected.json")
+    else: print(f"{out}: {counts['clips']} clips of {counts['people']} people, {counts['minutes']:.1f} minutes, {counts['with_sound']} with usable sound; {counts['rejected']} refusals, see rejected.json")
 
 @command('train', 'train a part of a model, or go on with it', option('what', choices=('vae', 'audio', 'syncnet', 'stage1', 'stage2'), help='which training'),
          option('--config', required=True, metavar='FILE', help='YAML file, such as configs/mini/stage1.yaml'),

@@ -276,7 +276,9 @@ def train_cached_stage(kind:str, # 'stage1' or 'stage2'
     if bundle.adapter is None: raise ConfigError(f'{bundle.folder} has no adapter, which a painter with drawn lips needs; name another bundle.')
     bundle.painter.requires_grad_(True); bundle.adapter.requires_grad_(True)
     torch.manual_seed(config.get('seed', 0))
-    if config.get('random_init_unet'): bundle.painter = LatentPainter(bundle.painter.config.unet, bundle.painter.config.layout)
+    if config.get('random_init_unet'):
+        bundle.painter = LatentPainter(bundle.painter.config.unet, bundle.painter.config.layout)
+        for layer in bundle.adapter.embed: getattr(layer, 'reset_parameters', lambda: None)()
     model, weights = StageModel(bundle.painter, bundle.vae, bundle.adapter, config.get('learn_decoder', False)).train(), loss_weights(config)
     if before := earlier_stage(kind, {key: config[key] for key in ('start',) if key in config}, output): begin_with(model, before)
     syncnet = load_syncnet(in_models(config.get('syncnet') or 'models/syncnet-mini')) if weights.sync else None

@@ -91,7 +91,7 @@ def tensors(self:Part)->dict: # name to tensor
     "All that must be kept: weights, buffers, average, both moments of AdamW"
     kept = {f'model.{k}': p for k, p in self.parameters.items()} | {f'buffer.{k}': b for k, b in self.buffers().items()} | {f'average.{k}': p for k, p in self.average.items()}
     for k, p in self.parameters.items():
-        kept |= {f'{moment}.{k}': self.optimizer.state[p][moment] for moment in ('exp_avg', 'exp_avg_sq') if p in self.optimizer.state}
+        kept |= {f'{moment}.{k}': self.optimizer.state[p][moment] for moment in ('exp_avg', 'exp_avg_sq', 'step') if p in self.optimizer.state}
     return {f'{self.name}/{k}': t.detach().cpu().contiguous().clone() for k, t in kept.items()}
 
 @patch
@@ -108,7 +108,8 @@ def take(self:Part, stored:dict, step:int, file):
             p.copy_(fetch('model', k, p))
             if self.average: self.average[k].copy_(fetch('average', k, p))
             if f'{self.name}/exp_avg.{k}' in stored:
-                self.optimizer.state[p] = dict(step=torch.tensor(float(step)), exp_avg=fetch('exp_avg', k, p), exp_avg_sq=fetch('exp_avg_sq', k, p))
+                done = stored.get(f'{self.name}/step.{k}', torch.tensor(float(step))) # fewer than the trainer's, for a judge that starts late
+                self.optimizer.state[p] = dict(step=done.clone(), exp_avg=fetch('exp_avg', k, p), exp_avg_sq=fetch('exp_avg_sq', k, p))
         for k, b in self.buffers().items(): b.copy_(fetch('buffer', k, b))
 
 # %% ../nbs/52_train.ipynb #5200a015
