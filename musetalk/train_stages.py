@@ -138,6 +138,7 @@ def inner_mouth(lips:np.ndarray, # [N,20,2] outer and inner lips, pixels of the 
         cv2.polylines(mask, [np.round(inner*16).astype(np.int32)], True, 255, int(beyond), cv2.LINE_AA, 4)
     return masks
 
+# %% ../nbs/57_train_stages.ipynb #af50f94f
 class CachedLessons:
     "Draws lessons of T consecutive frames from cached latents"
     def __init__(self,
