@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from .audio import SpeechWindows, WhisperEncoder, frame_windows, positional_encoding, tokens
-from .core import BundleError, choose_device, choose_dtype, find_models, read_json, sha256_file, write_json
+from .core import BundleError, find_models, read_json, sha256_file, write_json
 from .crop import CropRule
+from .device import choose_device, choose_dtype
 from .mouth import WINDOW, MouthAdapter, cut_window, speaking_geometry, speaking_points
 from .unet import LatentPainter, load_painter
 from .vae import FaceVAE, load_vae, mask_lower_half, to_images, to_network

@@ -22,8 +22,9 @@ import cv2
 import numpy as np
 from fastcore.basics import patch
 
-from .core import FaceError, choose_device, find_models
+from .core import FaceError, find_models
 from .crop import rigid_transform
+from .device import choose_device
 
 # %% ../nbs/11_face.ipynb #d3448989
 logger = logging.getLogger(__name__)

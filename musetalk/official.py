@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 
 from .audio import WhisperEncoder
 from .bundle import Bundle
-from .core import BundleError, choose_device, choose_dtype, find_models, read_json, sha256_file
+from .core import BundleError, find_models, read_json, sha256_file
+from .device import choose_device, choose_dtype
 from .models import ALIASES, models_folder, recorded
 from .unet import LatentPainter
 from .vae import FaceVAE

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from .core import BundleError, ConfigError, choose_device, find_models
+from .core import BundleError, ConfigError, find_models
+from .device import choose_device
 
 # %% ../nbs/15_parsing.ipynb #1d207135
 CLASSES = ('background', 'skin', 'left brow', 'right brow', 'left eye', 'right eye', 'glasses', 'left ear', 'right ear', 'earring', 'nose', 'mouth',
