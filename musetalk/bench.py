@@ -23,7 +23,8 @@ import cv2
 import numpy as np
 
 from .core import ConfigError, MuseTalkError, find_models
-from .media import VideoWriter, audio_blocks, write_audio
+from .sound import audio_blocks, write_audio
+from .writer import VideoWriter
 
 # %% ../nbs/66_bench.ipynb #f02053be
 def demo_portrait(

@@ -179,7 +179,7 @@ def speak(
     speed:float=1., # 0.5 slow to 2 fast
 ):
     "Say a text with a small local voice. Raises `ConfigError` if the voice is not installed"
-    from musetalk.media import write_audio
+    from musetalk.sound import write_audio
     if not text.strip(): raise ConfigError('There is no text to speak; put words between the quotes.')
     try: from hibari import Hibari
     except ImportError as error: raise ConfigError("--text needs a voice, which is not installed: pip install 'musetalk[tts]'") from error

@@ -26,9 +26,13 @@ from .blend import composite
 from .bundle import Bundle, load_bundle
 from .core import ConfigError, FaceError, MediaError, StageTimer, contact_sheet, progress, save_image, sha256_file, write_json
 from .crop import suggested_shift_range
-from .face import RADIUS, FaceTracker, draw_landmarks
-from .media import VideoSource, VideoWriter, audio_blocks, audio_duration, frame_count_for, loop_order
+from .face import draw_landmarks
+from .media import VideoSource, frame_count_for, loop_order
+from .smooth import RADIUS
+from .sound import audio_blocks, audio_duration
 from .stages import FaceCache, PreparedFace, SpeakingFrame, dub_settings, paint_faces, source_rest, speaking_frames
+from .track import FaceTracker
+from .writer import VideoWriter
 
 # %% ../nbs/60_dub.ipynb #f68baa71
 logger = logging.getLogger('musetalk')

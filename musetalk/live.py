@@ -32,8 +32,9 @@ from fastcore.basics import patch
 from .avatar import Avatar, avatar_name, avatars_folder
 from .bundle import Bundle, load_bundle
 from .core import BundleError, ConfigError, FaceError, MediaError, MuseTalkError
-from .media import VideoWriter, audio_blocks
+from .sound import audio_blocks
 from .stream import AvatarStream, Batcher, CapacityError, LiveFrame, StreamError, as_samples
+from .writer import VideoWriter
 
 # %% ../nbs/63_live.ipynb #d5ce0e8f
 logger = logging.getLogger('musetalk')

@@ -27,12 +27,13 @@ from .blend import composite
 from .bundle import Bundle
 from .core import ConfigError, FaceError, StageTimer
 from .crop import crop_face
-from .face import FaceRecord, FaceTracker
+from .face import FaceRecord
 from .mask import jaw_mask
 from .media import VideoSource, looped
 from .mouth import SourceMouth, mouth_at_rest, source_mouth
 from .move import movement_plan
 from .parsing import MODES, load_parser, parsed_masks
+from .track import FaceTracker
 
 # %% ../nbs/59_stages.ipynb #f99e9e09
 @dataclass

@@ -13,7 +13,8 @@ import pytest
 
 from musetalk.avatar import Avatar, Footage, held, loop_plan, source_index, with_rest_face
 from musetalk.core import BundleError, ConfigError, FaceError, MediaError, MuseTalkError, save_image
-from musetalk.media import VideoSource, VideoWriter
+from musetalk.media import VideoSource
+from musetalk.writer import VideoWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 

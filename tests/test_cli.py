@@ -12,7 +12,8 @@ import pytest
 import musetalk
 from musetalk.cli import COMMANDS, main, speak
 from musetalk.core import ConfigError, save_image
-from musetalk.media import VideoSource, load_audio, write_audio
+from musetalk.media import VideoSource
+from musetalk.sound import load_audio, write_audio
 
 ROOT = Path(__file__).resolve().parent.parent
 

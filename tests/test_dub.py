@@ -17,10 +17,12 @@ import pytest
 
 from musetalk.core import BundleError, ConfigError, FaceError, MediaError, MuseTalkError, save_image
 from musetalk.dub import dub, preview
-from musetalk.face import track_faces
-from musetalk.media import VideoSource, VideoWriter, audio_duration, write_audio
+from musetalk.media import VideoSource
+from musetalk.sound import audio_duration, write_audio
 from musetalk.stages import DubSettings, FaceCache, SpeakingFrame, prefetch, prepare_face, speaking_frames
 from musetalk.tasks import run_tasks
+from musetalk.track import track_faces
+from musetalk.writer import VideoWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 RATES = [Fraction(15), Fraction(24000, 1001), Fraction(25), Fraction(30000, 1001), Fraction(50), Fraction(60)]

@@ -8,8 +8,9 @@ import pytest
 from skimage import data
 
 from musetalk.core import FaceError
-from musetalk.face import (RADIUS, DlibBackend, FaceAlignmentBackend, FaceBackend, FaceTracker, face_backend, face_square, model_file,
-                           smooth_landmarks, track_faces)
+from musetalk.face import DlibBackend, FaceAlignmentBackend, FaceBackend, face_backend, face_square, model_file
+from musetalk.smooth import RADIUS, smooth_landmarks
+from musetalk.track import FaceTracker, track_faces
 
 BACKEND = DlibBackend()
 PORTRAIT = data.astronaut()

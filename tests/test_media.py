@@ -13,8 +13,10 @@ import pytest
 from PIL import Image
 
 from musetalk.core import MediaError
-from musetalk.media import (AudioSource, ColorTags, VideoSource, VideoWriter, audio_blocks, audio_duration, constant_rate,
-                            frame_count_for, load_audio, loop_order, looped, media_info, read_image, write_audio)
+from musetalk.media import VideoSource, constant_rate, frame_count_for, loop_order, looped, media_info
+from musetalk.picture import ColorTags, read_image
+from musetalk.sound import AudioSource, audio_blocks, audio_duration, load_audio, write_audio
+from musetalk.writer import VideoWriter
 
 RATES = [Fraction(24000, 1001), Fraction(30000, 1001), Fraction(15), Fraction(25), Fraction(50), Fraction(60)]
 KINDS = [('mp4', 'libx264', 'yuv420p'), ('mov', 'libx264', 'yuv420p'), ('mov', 'qtrle', 'rgb24'), ('mov', 'prores_ks', 'yuv422p10le'),

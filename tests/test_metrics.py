@@ -8,7 +8,8 @@ import torch
 
 from musetalk.core import ConfigError, FaceError, MediaError, MuseTalkError, save_image
 from musetalk.evaluate import Workshop, compare_faces, evaluate, read_evaluation, talking_clips
-from musetalk.media import VideoWriter, load_audio, write_audio
+from musetalk.sound import load_audio, write_audio
+from musetalk.writer import VideoWriter
 from musetalk.metrics import (frechet_distance, frechet_features, lag_correlation, lip_patch, opening_range, rest_opening, sharpness_ratio, shifted_curve,
                               silence_motion, sync_scores, track_video)
 
@@ -155,7 +156,7 @@ def test_sharpness_falls_with_every_blur_and_does_not_ask_for_detail_that_no_pix
 
 
 def track_video_of_one(image):
-    from musetalk.face import track_faces
+    from musetalk.track import track_faces
     return track_faces([image])[0].landmarks
 
 

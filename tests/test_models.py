@@ -19,9 +19,10 @@ from musetalk.audio import positional_encoding
 from musetalk.core import BundleError, MediaError, read_json, save_image, sha256_file, write_json
 from musetalk.crop import crop_face
 from musetalk.dub import dub
-from musetalk.media import VideoSource, write_audio
+from musetalk.media import VideoSource
 from musetalk.models import FILES, chosen_files, download, file_state, list_models, models_folder
 from musetalk.official import OFFICIAL_UNET, find_official, is_official, load_official, load_official_vae, load_unet, read_weights
+from musetalk.sound import write_audio
 
 ROOT = Path(__file__).resolve().parent.parent
 

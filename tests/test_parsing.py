@@ -11,8 +11,8 @@ from official import recipe
 from musetalk.blend import composite
 from musetalk.core import ConfigError, save_image
 from musetalk.dub import dub
-from musetalk.media import write_audio
 from musetalk.parsing import FaceParser, class_mask, jaw_kernels, parse_faces, parsed_masks, parser_picture, parser_square, soft_mask
+from musetalk.sound import write_audio
 from musetalk.stages import DubSettings, dub_settings
 
 GOLDEN = Path(__file__).parent/'golden'

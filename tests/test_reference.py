@@ -9,8 +9,9 @@ import pytest
 from musetalk.bundle import load_bundle
 from musetalk.cli import build_parser, main
 from musetalk.core import ConfigError, save_image
-from musetalk.media import VideoSource, write_audio
+from musetalk.media import VideoSource
 from musetalk.reference import BOTH_SCRIPTS, INFERENCE, REALTIME, as_table, parsing_counterpart, read_avatars, translate
+from musetalk.sound import write_audio
 from musetalk.tasks import read_tasks
 
 TASKS = '''task_0:

@@ -27,8 +27,10 @@ from musetalk.bundle import load_bundle
 from musetalk.cli import main
 from musetalk.core import ConfigError, save_image
 from musetalk.live import ServeLimits, Studio, unpack_frame
-from musetalk.media import VideoSource, read_image, write_audio
+from musetalk.media import VideoSource
+from musetalk.picture import read_image
 from musetalk.serve import bind, running, serve
+from musetalk.sound import write_audio
 from musetalk.stream import Batcher
 
 PATIENT = 60 # seconds; this machine may be busy
