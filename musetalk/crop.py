@@ -18,7 +18,7 @@ def half_face_box(landmarks:np.ndarray, # [68,2] pixels
                   width:int, # frame width, pixels
                   height:int, # frame height, pixels
                   bbox_shift:int=0, # moves the centre down by this many pixels
-                  extra_margin:int=0, # pixels added below (10 for version 1.5)
+                  extra_margin:int|None=None, # below, within the frame (10 in 1.5); None: as 1.0, may leave it
                   face_box:tuple=None # detector box, used when the rule fails
                  )->tuple: # (x1, y1, x2, y2) whole pixels
     "MuseTalk's crop box: nose-bridge point 29 in the middle, chin at the bottom. Raises `ValueError` when there is no usable box."
@@ -28,7 +28,7 @@ def half_face_box(landmarks:np.ndarray, # [68,2] pixels
     if box[3] <= box[1] or box[2] <= box[0] or box[0] < 0:
         if face_box is None: raise ValueError(f'the landmarks give the empty or outlying box {tuple(map(int, box))} and there is no detector box to fall back on')
         box = list(face_box)
-    if extra_margin: box[3] = min(box[3] + extra_margin, height)
+    if extra_margin is not None: box[3] = min(box[3] + extra_margin, height)
     return tuple(int(v) for v in box)
 
 # %% ../nbs/12_crop.ipynb #b8b346f4
@@ -98,7 +98,7 @@ class CropRule:
     "How a box follows from landmarks; stored in a bundle as JSON"
     name:str = 'rigid' # 'rigid' or 'half_face'
     bbox_shift:int = 0 # moves the box (half_face: its centre) down, pixels
-    extra_margin:int = 0 # grows the box downwards, pixels
+    extra_margin:int|None = 0 # grows the box downwards, pixels; None: see `half_face_box`
     scale:float = 1. # grows the box about its centre ('rigid' only)
 
     def __post_init__(self):

@@ -133,7 +133,7 @@ def _laid_out(vae, painter, device, dtype):
 # %% ../nbs/35_official.ipynb #ffd36a81
 OFFICIAL = {
     'v1.5': dict(name='MuseTalk 1.5', folder='musetalkV15', file='unet.pth', margin=10),
-    'v1.0': dict(name='MuseTalk 1.0', folder='musetalk', file='pytorch_model.bin', margin=0)}
+    'v1.0': dict(name='MuseTalk 1.0', folder='musetalk', file='pytorch_model.bin', margin=None)}
 CHECKPOINTS = '.pth', '.pt', '.bin'
 
 def is_official(

@@ -1,5 +1,8 @@
-"A model of no size in exactly the official layout and file formats, and a web server that shows it as the hub does"
+"A model of no size in exactly the official layout and file formats, a web server that shows it as the hub does, and the measure of agreement with recorded numbers"
+import atexit
 import http.server
+import json
+import os
 import re
 import threading
 import zlib
@@ -17,6 +20,38 @@ FULL_VAE = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, nor
 FULL_WHISPER = dict(d_model=384, encoder_layers=4, encoder_attention_heads=6, encoder_ffn_dim=1536, decoder_layers=4, decoder_attention_heads=6, decoder_ffn_dim=1536)
 
 
+GOLDEN = Path(__file__).resolve().parent/'golden'
+SEEN = {} # (file, test): deviation and tolerance
+
+
+def golden(name):
+    "Recorded arrays and their parameters"
+    with np.load(GOLDEN/f'{name}.npz', allow_pickle=False) as file: stored = {key: file[key] for key in file.files}
+    return stored, json.loads(str(stored.pop('meta')))
+
+
+def agree(name, ours, theirs, tolerance=1e-4, relative=True):
+    "Compare with recorded numbers; the tolerance is a share of the largest of them, or absolute. `PARITY_RECORD=file.json` keeps the largest deviation of each test"
+    ours, theirs = (np.asarray(value.detach() if isinstance(value, torch.Tensor) else value) for value in (ours, theirs))
+    assert ours.shape == theirs.shape, f'{name}: {ours.shape}, not {theirs.shape}'
+    scale = float(np.abs(theirs).max()) if relative and tolerance else 1.
+    deviation = float(np.abs(ours.astype(np.float64) - theirs).max())/scale
+    key = name, os.environ.get('PYTEST_CURRENT_TEST', '').split(' ')[0].split('[')[0]
+    before = SEEN.get(key, dict(deviation=0., compared=0))
+    SEEN[key] = dict(tolerance=tolerance, relative=relative, deviation=max(deviation, before['deviation']), compared=before['compared'] + ours.size)
+    assert deviation <= tolerance, f'{name}: off by {deviation:.3g}, {tolerance:.3g} is allowed'
+
+
+def _keep_record():
+    path = Path(os.environ['PARITY_RECORD'])
+    rows = {(row['file'], row['test']): row for row in json.loads(path.read_text())} if path.exists() else {}
+    rows |= {key: dict(file=key[0], test=key[1]) | seen for key, seen in SEEN.items()}
+    path.write_text('[\n ' + ',\n '.join(json.dumps(rows[key]) for key in sorted(rows)) + '\n]\n')
+
+
+if os.environ.get('PARITY_RECORD'): atexit.register(_keep_record)
+
+
 def recipe_input(seed, name, shape):
     "Inputs that follow from a seed and a name"
     noise = np.random.default_rng(zlib.crc32(f'{seed}:input:{name}'.encode())).standard_normal(shape, dtype=np.float32)
@@ -32,11 +67,27 @@ def recipe(seed, shapes):
         if leaf == 'num_batches_tracked': noise = np.zeros(shape, np.int64)
         elif leaf == 'running_mean': noise = .05*noise
         elif leaf == 'running_var': noise = 1 + .1*np.abs(noise)
+        elif leaf in ('weight_u', 'weight_v'): noise = noise/np.linalg.norm(noise)
         elif noise.ndim >= 2: noise = noise/np.float32(np.sqrt(np.prod(shape[1:])))
         elif leaf == 'weight': noise = 1 + .05*noise
         else: noise = .05*noise
         made[key] = torch.from_numpy(np.asarray(noise))
     return made
+
+
+def with_singular_vectors(weights):
+    "One power iteration in double precision for each spectral norm, as the recorded weights had"
+    for key in [key for key in weights if key.endswith('weight_orig')]:
+        stem, matrix = key.removesuffix('_orig'), weights[key].flatten(1).double()
+        v = torch.nn.functional.normalize(matrix.T @ weights[stem + '_u'].double(), dim=0)
+        weights |= {stem + '_u': torch.nn.functional.normalize(matrix @ v, dim=0).float(), stem + '_v': v.float()}
+    return weights
+
+
+def filled(network, seed, change=lambda weights: weights):
+    "The network with weights of the recipe, ready for use; give it built on 'meta'"
+    network.load_state_dict(change(recipe(seed, {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()})), assign=True)
+    return network.eval().requires_grad_(False)
 
 
 def old_name(key):

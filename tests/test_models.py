@@ -15,7 +15,6 @@ import torch
 from official import FULL_VAE, FULL_WHISPER, Hub, manifest, recipe, recipe_input, write_official
 
 from musetalk import models
-from musetalk.audio import positional_encoding
 from musetalk.core import BundleError, MediaError, read_json, save_image, sha256_file, write_json
 from musetalk.crop import crop_face
 from musetalk.dub import dub
@@ -23,6 +22,7 @@ from musetalk.media import VideoSource
 from musetalk.models import FILES, chosen_files, download, file_state, list_models, models_folder
 from musetalk.official import OFFICIAL_UNET, find_official, is_official, load_official, load_official_vae, load_unet, read_weights
 from musetalk.sound import write_audio
+from musetalk.windows import positional_encoding
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -71,7 +71,7 @@ def test_killed_process_is_continued(shelf, files, hub, tmp_path):
 import dataclasses, json, sys
 from pathlib import Path
 from musetalk import models
-from musetalk.audio import positional_encoding
+from musetalk.windows import positional_encoding
 closing = models._closing
 def slowly(source, pieces):
     import time
@@ -231,7 +231,7 @@ def test_loads_as_diffusers_and_transformers_would(shelf, monkeypatch):
 
 def test_versions_differ_by_their_margin(shelf, monkeypatch):
     monkeypatch.setenv('MUSETALK_MODELS', str(shelf))
-    assert load_official('v1', 'cpu', 'fp32').crop_rule.extra_margin == 0 and find_official('V15').unet == shelf/'musetalkV15/unet.pth'
+    assert load_official('v1', 'cpu', 'fp32').crop_rule.extra_margin is None and find_official('V15').unet == shelf/'musetalkV15/unet.pth'
     assert is_official(shelf/'musetalk') and not is_official('mini') and not is_official(shelf/'sd-vae')
 
 
