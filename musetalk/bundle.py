@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .audio import SpeechWindows, WhisperEncoder, frame_windows, positional_encoding, tokens
+from .audio import WhisperEncoder
 from .core import BundleError, find_models, read_json, sha256_file, write_json
 from .crop import CropRule
 from .device import choose_device, choose_dtype
 from .mouth import WINDOW, MouthAdapter, cut_window, speaking_geometry, speaking_points
 from .unet import LatentPainter, load_painter
 from .vae import FaceVAE, load_vae, mask_lower_half, to_images, to_network
+from .windows import SpeechWindows, frame_windows, positional_encoding, tokens
 
 # %% ../nbs/32_bundle.ipynb #ff61d47a
 logger = logging.getLogger('musetalk')

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 from . import __version__
-from .audio import window_starts
 from .blend import composite
 from .bundle import Bundle, load_bundle
 from .core import ConfigError, FaceError, MediaError, StageTimer, contact_sheet, progress, save_image, sha256_file, write_json
@@ -32,6 +31,7 @@ from .smooth import RADIUS
 from .sound import audio_blocks, audio_duration
 from .stages import FaceCache, PreparedFace, SpeakingFrame, dub_settings, paint_faces, source_rest, speaking_frames
 from .track import FaceTracker
+from .windows import window_starts
 from .writer import VideoWriter
 
 # %% ../nbs/60_dub.ipynb #f68baa71

@@ -22,7 +22,6 @@ import cv2
 import numpy as np
 import torch
 
-from .audio import SpeechWindows
 from .blend import composite
 from .bundle import Bundle
 from .core import ConfigError, FaceError, StageTimer
@@ -34,6 +33,7 @@ from .mouth import SourceMouth, mouth_at_rest, source_mouth
 from .move import movement_plan
 from .parsing import MODES, load_parser, parsed_masks
 from .track import FaceTracker
+from .windows import SpeechWindows
 
 # %% ../nbs/59_stages.ipynb #f99e9e09
 @dataclass

@@ -26,11 +26,12 @@ import soxr
 import torch
 from fastcore.basics import patch
 
-from .audio import FEATURE_RATE, FEATURE_SAMPLES, SAMPLE_RATE, AudioEncoder, SpeechWindows
 from .avatar import Avatar, held, silent_window, with_rest_face
 from .bundle import Bundle
 from .core import ConfigError, MediaError, MuseTalkError, StageTimer
+from .features import FEATURE_RATE, FEATURE_SAMPLES, SAMPLE_RATE, AudioEncoder
 from .stages import SpeakingFrame, few_threads, paint_faces, prefetch
+from .windows import SpeechWindows
 
 # %% ../nbs/62_stream.ipynb #aaef9886
 logger = logging.getLogger('musetalk')

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from musetalk.audio import (OFFICIAL_BLOCK, AudioEncoder, SpeechWindows, StreamingFeatures, WhisperEncoder, encode_audio,
-                            frame_windows, log_mel, positional_encoding, tokens, window_starts, windows_at)
+from musetalk.audio import OFFICIAL_BLOCK, WhisperEncoder, log_mel
 from musetalk.core import BundleError, ConfigError, MediaError
+from musetalk.features import AudioEncoder, StreamingFeatures, encode_audio
+from musetalk.windows import SpeechWindows, frame_windows, positional_encoding, tokens, window_starts, windows_at
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT/'tests'/'golden'

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from musetalk.core import ConfigError, FaceError, MediaError, MuseTalkError, save_image
-from musetalk.evaluate import Workshop, compare_faces, evaluate, read_evaluation, talking_clips
+from musetalk.compare import compare_faces, talking_clips
+from musetalk.evaluate import Workshop, evaluate, read_evaluation
 from musetalk.sound import load_audio, write_audio
 from musetalk.writer import VideoWriter
-from musetalk.metrics import (frechet_distance, frechet_features, lag_correlation, lip_patch, opening_range, rest_opening, sharpness_ratio, shifted_curve,
-                              silence_motion, sync_scores, track_video)
+from musetalk.metrics import lag_correlation, opening_range, rest_opening, sharpness_ratio, shifted_curve, silence_motion, sync_scores, track_video
+from musetalk.picture_metrics import frechet_distance, frechet_features, lip_patch
 
 
 def write_talk(path, images, samples=None):

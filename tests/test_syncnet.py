@@ -209,7 +209,7 @@ def collection(tmp_path_factory):
 def test_lessons_of_a_preprocessed_clip_are_what_the_network_will_see(collection):
     from musetalk.dataset import FaceClips, apply_view, random_view
     from musetalk.syncnet import look
-    from musetalk.train_syncnet import read_sync_clips, window_view
+    from musetalk.sync_lessons import read_sync_clips, window_view
     from musetalk.vae import to_network
     model = SyncNet(**TOY)
     clips = read_sync_clips(collection, 'train', model)
@@ -236,7 +236,8 @@ def test_training_resumes_exactly_and_learns_a_few_clips(collection, tmp_path):
 
 
 def test_training_refuses_what_it_cannot_use(collection, tmp_path):
-    from musetalk.train_syncnet import read_sync_clip, train_syncnet
+    from musetalk.sync_lessons import read_sync_clip
+    from musetalk.train_syncnet import train_syncnet
     with pytest.raises(ConfigError, match="Unknown setting 'learning_rate'"): train_syncnet(collection, tmp_path, dict(model=TOY), learning_rate=1)
     with pytest.raises(MediaError, match='No clip has 40 spoken windows'): train_syncnet(collection, tmp_path, dict(model=TOY), windows=40)
     with pytest.raises(MediaError, match='mute has no sound'):
