@@ -59,9 +59,10 @@ class WhisperEncoder(AudioEncoder):
         lookahead:float=0.16, # Seconds of future each block sees
         layers:tuple=(4,), # Hidden states: 0 input, 1..n-1, n = output
         loudness:float=None, # Of each block, see `normalized`; None: as it is
+        final_norm:bool=True, # Layer-norm the last state
     ):
         super().__init__(network.config.d_model, layers, left, hop, lookahead)
-        self.loudness = loudness
+        self.loudness, self.final_norm = loudness, final_norm
         self.network, count = network.eval().requires_grad_(False), len(network.layers)
         positions = len(network.embed_positions.weight)
         if self.block_samples != positions * FEATURE_SAMPLES:
@@ -95,7 +96,7 @@ def states(self:WhisperEncoder,
         out[number] = hidden[0, first:last]
         hidden = _layer(layer, hidden, slice(first, last) if number == top - 1 else slice(None))
     if top == 0: return {0: hidden[0, first:last]}
-    out[top] = (network.layer_norm(hidden) if top == len(network.layers) else hidden)[0]
+    out[top] = (network.layer_norm(hidden) if self.final_norm and top == len(network.layers) else hidden)[0]
     return out
 
 def _layer(layer, hidden, wanted):

@@ -134,6 +134,7 @@ def _laid_out(vae, painter, device, dtype):
 OFFICIAL = {
     'v1.5': dict(name='MuseTalk 1.5', folder='musetalkV15', file='unet.pth', margin=10),
     'v1.0': dict(name='MuseTalk 1.0', folder='musetalk', file='pytorch_model.bin', margin=None)}
+OFFICIAL['v1.0-unnormalized'] = OFFICIAL['v1.0'] | dict(name='MuseTalk 1.0 with speech as of its own time', final_norm=False)
 CHECKPOINTS = '.pth', '.pt', '.bin'
 
 def is_official(
@@ -149,7 +150,10 @@ def official_config(
 ) -> dict: # As a `bundle.json`
     "What `bundle.json` would say"
     facts = OFFICIAL[version]
-    return dict(name=facts['name'], image_size=256, licence='MIT', crop=dict(name='half_face', extra_margin=facts['margin']), audio=dict(left=2, right=2, positional_encoding=True))
+    audio = dict(left=2, right=2, positional_encoding=True) | ({'final_norm': False} if not facts.get('final_norm', True) else {})
+    return dict(name=facts['name'], image_size=256, licence='MIT', crop=dict(name='half_face', extra_margin=facts['margin']), audio=audio)
+
+def _group(version): return version.split('-')[0] # what has to be downloaded
 
 # %% ../nbs/35_official.ipynb #2d62bdf0
 @dataclass
@@ -170,7 +174,7 @@ def find_official(
     if version in OFFICIAL:
         facts = OFFICIAL[version]
         unet = next((root/facts['folder']/facts['file'] for root in roots if (root/facts['folder']/facts['file']).exists()), None)
-        if unet is None: raise BundleError(f"{facts['name']} is not in {' or '.join(map(str, roots))}: run `musetalk download {version}`.")
+        if unet is None: raise BundleError(f"{facts['name']} is not in {' or '.join(map(str, roots))}: run `musetalk download {_group(version)}`.")
     else:
         unet = path if path.is_file() else next((path/n for n in ('unet.pth', 'pytorch_model.bin', 'unet.safetensors') if (path/n).exists()), None)
         if unet is None: raise BundleError(f'{path} has musetalk.json but neither unet.pth nor pytorch_model.bin; fetch the weights again.')
@@ -178,7 +182,7 @@ def find_official(
     roots = [unet.absolute().parent.parent, *roots]
     def part(*names):
         found = next((root/name for root in roots for name in names if (root/name/'config.json').exists()), None)
-        if found is None: raise BundleError(f"The folder {names[0]}, which belongs to {unet}, is not in {' or '.join(dict.fromkeys(map(str, roots)))}: run `musetalk download {version}`.")
+        if found is None: raise BundleError(f"The folder {names[0]}, which belongs to {unet}, is not in {' or '.join(dict.fromkeys(map(str, roots)))}: run `musetalk download {_group(version)}`.")
         return found
     return OfficialFiles(version, unet, part('sd-vae', 'sd-vae-ft-mse'), part('whisper'))
 
@@ -194,7 +198,7 @@ def load_official(
     _check_unchanged(found)
     painter = load_unet(found.unet, None, device, dtype)
     vae = load_official_vae(found.vae, device, dtype)
-    encoder = WhisperEncoder.from_folder(found.whisper, device, dtype)
+    encoder = WhisperEncoder.from_folder(found.whisper, device, dtype, final_norm=OFFICIAL[found.version].get('final_norm', True))
     vae, painter = _laid_out(vae, painter, device, dtype)
     width, wanted = encoder.dim, painter.network.config.cross_attention_dim
     if width != wanted: raise BundleError(f'{found.whisper} gives features of {width} numbers, but {found.unet} attends to {wanted}: take whisper-tiny.')
@@ -213,6 +217,6 @@ def _check_unchanged(found):
         known, now = recorded(root).get(path), (root/path).stat()
         if not known or (known['bytes'], known['time']) == (now.st_size, now.st_mtime_ns): continue
         if known['bytes'] != now.st_size or sha256_file(root/path) != known['sha256']:
-            raise BundleError(f'{root/path} is not the file that was downloaded: delete it and run `musetalk download {found.version}`, or keep your own checkpoint under another name and give its path to --bundle.')
+            raise BundleError(f'{root/path} is not the file that was downloaded: delete it and run `musetalk download {_group(found.version)}`, or keep your own checkpoint under another name and give its path to --bundle.')
 
 def _hashes(found): return {path: {key: known[key] for key in ('sha256', 'bytes')} for root, path in _parts(found) if (known := recorded(root).get(path))}

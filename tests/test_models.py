@@ -231,7 +231,13 @@ def test_loads_as_diffusers_and_transformers_would(shelf, monkeypatch):
 
 def test_versions_differ_by_their_margin(shelf, monkeypatch):
     monkeypatch.setenv('MUSETALK_MODELS', str(shelf))
-    assert load_official('v1', 'cpu', 'fp32').crop_rule.extra_margin is None and find_official('V15').unet == shelf/'musetalkV15/unet.pth'
+    first, bare = load_official('v1', 'cpu', 'fp32'), load_official('v1.0-unnormalized', 'cpu', 'fp32')
+    assert first.crop_rule.extra_margin is bare.crop_rule.extra_margin is None
+    mel = torch.randn(1, 80, 3000)
+    ours, theirs = (bundle.audio_encoder.states(mel, 0, 1500) for bundle in (bare, first))
+    torch.testing.assert_close(bare.audio_encoder.network.layer_norm(ours[4]), theirs[4])
+    assert all(torch.equal(ours[number], theirs[number]) for number in range(4)) and not torch.allclose(ours[4], theirs[4], atol=.1)
+    assert find_official('V15').unet == shelf/'musetalkV15/unet.pth'
     assert is_official(shelf/'musetalk') and not is_official('mini') and not is_official(shelf/'sd-vae')
 
 

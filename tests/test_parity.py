@@ -14,7 +14,6 @@ from official import agree, filled, golden, recipe, recipe_input, with_singular_
 from musetalk.audio import OFFICIAL_BLOCK, WhisperEncoder, log_mel
 from musetalk.blend import composite
 from musetalk.crop import crop_face, half_face_box, suggested_shift_range
-from musetalk.features import FEATURE_SAMPLES
 from musetalk.official import PlainVAE
 from musetalk.parsing import class_mask, parser_picture, parser_square, soft_mask
 from musetalk.unet import LatentPainter
@@ -96,6 +95,8 @@ def test_blending_of_all_cases(number):
         outside[max(0, y1):y2, max(0, x1):x2] = frame[max(0, y1):y2, max(0, x1):x2]
         assert (outside == frame).all()
     assert list(square) == case['square']
+    seen = parser_picture(frame[..., ::-1], square)[::5, ::5][-square[1] % 4::4, -square[0] % 4::4]
+    agree('blending', seen, stored[f'expanded_{number}'], 0)
 
 
 # Networks
@@ -205,6 +206,15 @@ def test_second_segment_of_a_long_sound(whisper):
         whole = known[30*fps:].all(1)
         agree('audio_tokens_long', ours[30*fps:][whole].mean((1, 2)), stored[f'frame_mean_{fps}'][whole])
         agree('audio_tokens_long', ours[30*fps:][whole].std((1, 2), correction=0), stored[f'frame_std_{fps}'][whole])
+
+
+def test_last_state_with_and_without_norm(whisper):
+    "What the program of version 1.0 gave to its UNet becomes, layer-normed, what the program of today gives to it"
+    stored, _ = golden('audio_tokens')
+    samples = np.pad(stored['waveform'].astype(np.float32)/32768, (0, 480000 - len(stored['waveform'])))
+    bare = WhisperEncoder(whisper.network, **OFFICIAL_BLOCK, final_norm=False).features(samples)
+    agree('audio_tokens_short', bare[::50, :4, ::24], stored['states_first_segment_sample'][:, :4])
+    with torch.no_grad(): agree('audio_tokens_short', whisper.network.layer_norm(bare[::50, 4])[:, ::24], stored['states_first_segment_sample'][:, 4])
 
 
 @pytest.mark.skipif(not os.environ.get('GOLDEN_FOLDER'), reason='needs the uncut vectors, 1 MB of sound; set GOLDEN_FOLDER')
