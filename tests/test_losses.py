@@ -9,8 +9,9 @@ import torch
 from musetalk.core import BundleError, ConfigError
 from musetalk.discriminator import (MultiScaleDiscriminator, adversarial_loss, discriminator_from_config, discriminator_loss, downsample,
                                     feature_matching_loss, gaussian_kernel)
-from musetalk.losses import (TERMS, Discriminators, Losses, LossWeights, VGG19Features, load_vgg19, mask_rectangles, mouth_crops, mouth_rectangles, perceptual_differences,
-                             perceptual_loss, pull_on_picture, rectangle_mask, reference_mouth_rectangle, silence_loss)
+from musetalk.losses import VGG19Features, load_vgg19, perceptual_differences, perceptual_loss, silence_loss
+from musetalk.objective import TERMS, Discriminators, Losses, LossWeights, pull_on_picture
+from musetalk.regions import mask_rectangles, mouth_crops, mouth_rectangles, rectangle_mask, reference_mouth_rectangle
 
 GOLDEN = Path(__file__).resolve().parent/'golden'
 

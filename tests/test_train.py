@@ -11,7 +11,7 @@ import torch
 from musetalk.bundle import load_bundle
 from musetalk.core import BundleError, ConfigError, MediaError, read_json
 from musetalk.dataset import FaceClips, FaceLessons, talking_film
-from musetalk.losses import Losses, LossWeights
+from musetalk.objective import Losses, LossWeights
 from musetalk.recipes import complete, read_config, train, train_face_stage
 from musetalk.syncnet import load_syncnet
 from musetalk.train import Trainer
