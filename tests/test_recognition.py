@@ -9,9 +9,10 @@ from skimage import data
 
 from musetalk.core import BundleError
 from musetalk.crop import crop_face, landmarks_in_crop, rigid_box
+from musetalk.dlib_reader import CHIP_SIDE, read_recognition
 from musetalk.face import DlibBackend, model_file
-from musetalk.recognition import (CHIP_SIDE, SAME_PERSON, RecognitionNetwork, aligned_chips, face_chip, identity_distance, identity_similarity,
-                                  load_recognition, map_distances, no_face, read_recognition)
+from musetalk.recognition import (SAME_PERSON, RecognitionNetwork, aligned_chips, face_chip, identity_distance, identity_similarity,
+                                  load_recognition, map_distances, no_face)
 from musetalk.vae import to_images, to_network
 
 FILE = model_file('dlib_face_recognition_resnet_model_v1.dat')
