@@ -16,10 +16,10 @@ from zipfile import BadZipFile
 import cv2
 import numpy as np
 
-from .audio import windows_at
 from .core import ConfigError, MediaError, read_json, temporary_output, write_json
 from .crop import MIRROR, RIGID_POINTS, crop_face, landmarks_in_crop, rigid_box
 from .mouth import MOUTH_MIRROR
+from .windows import windows_at
 
 # %% ../nbs/51_dataset.ipynb #a2c7f7cb
 CROP_MARGIN = 1.125 # a preprocessed crop is this much larger than what the network sees
@@ -124,7 +124,7 @@ def clip_weights(rows:list, # rows of `clips.json`
 # %% ../nbs/51_dataset.ipynb #6af0e326
 def random_view(rng:np.random.Generator, # the source of chance
                 strength:float=1., # 0: the plain centre crop
-                margin:tuple=(0, 0) # mean and deviation of the lower margin, pixels of 256
+                margin:tuple=(0, 0) # mean, deviation (pixels of 256), perhaps 'uniform'
                )->dict: # parameters for `apply_view`
     "Draw how a lesson's pictures are shown: geometry, margin, mirror, colour, blur, compression"
     flip = bool(rng.random() < .5) and strength > 0
@@ -134,8 +134,9 @@ def random_view(rng:np.random.Generator, # the source of chance
     gamma = np.exp(rng.uniform(-.2, .2)*strength)
     blur = rng.uniform(.4, 1.2) if rng.random() < .15*strength else 0.
     jpeg = int(rng.integers(40, 90)) if rng.random() < .15*strength else 0
-    mean, deviation = margin
-    below = float(np.clip(rng.normal(mean, deviation), max(0, mean - deviation), mean + deviation)) if mean or deviation else 0.
+    mean, deviation, *how = margin
+    low, high = max(0, mean - deviation), mean + deviation
+    below = 0. if not high else rng.uniform(low, high) if 'uniform' in how else float(np.clip(rng.normal(mean, deviation), low, high))
     return dict(flip=flip, angle=angle, zoom=zoom, move=move, gain=gain, gamma=gamma, blur=blur, jpeg=jpeg, margin=below)
 
 def other_geometry(view:dict, # from `random_view`

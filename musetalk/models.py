@@ -267,7 +267,6 @@ def download(
     record = recorded(folder)
     return [file_state(file, folder, record=record) for file in wanted]
 
-# %% ../nbs/64_models.ipynb #57ddf69e
 def models_folder() -> Path: # May not exist yet
     "Where downloads go: the first of `MUSETALK_MODELS`, else the checkout's or the working directory's `models`"
     named = [name for name in os.environ.get('MUSETALK_MODELS', '').split(os.pathsep) if name]

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'STILL', 'LEAD', 'TAIL', 'MOST_OFFSET', 'SAMPLES', 'VIDEO_SUFFIXES', 'wide_box', 'Stretch', 'face_stretches',
-           'sharpness', 'yaw', 'measure', 'voice_activity', 'offset_curve', 'curve_peak', 'SoundReader', 'Listening',
-           'hear_stretch', 'Limits', 'fault', 'preprocess_video', 'identity_of', 'settle_offsets', 'find_videos',
-           'preprocess']
+           'sharpness', 'yaw', 'measure', 'offset_curve', 'curve_peak', 'SoundReader', 'Listening', 'hear_stretch',
+           'Limits', 'fault', 'preprocess_video', 'identity_of', 'settle_offsets', 'find_videos', 'preprocess']
 
 # %% ../nbs/50_preprocess.ipynb #8c81f082
 import json
@@ -24,14 +23,17 @@ import cv2
 import numpy as np
 import torch
 
-from .audio import WhisperEncoder, normalized, windows_at
+from .audio import WhisperEncoder, normalized
 from .bundle import find_bundle, load_bundle
 from .core import ConfigError, MediaError, MuseTalkError, progress, read_json, temporary_output, write_json
 from .crop import CropRule, crop_face, face_scale, landmarks_in_crop
 from .dataset import CROP_MARGIN, CROP_SIZE, encode_crop, save_clip, save_sound
-from .face import FaceTracker
-from .media import VideoSource, audio_blocks
+from .media import VideoSource
 from .mouth import lip_opening
+from .sound import audio_blocks
+from .track import FaceTracker
+from .voice import voice_activity
+from .windows import windows_at
 
 # %% ../nbs/50_preprocess.ipynb #b59d050c
 logger = logging.getLogger('musetalk')
@@ -101,21 +103,6 @@ def measure(stretch:Stretch # a face
     chosen = stretch.jpegs[::max(1, len(stretch)//8)]
     return dict(face_px=round(float(1.67*face_scale(landmarks).mean()), 1), yaw=round(float(np.median(yaw(landmarks))), 3), motion=round(float(lip_opening(landmarks).std()), 4),
                 sharpness=round(float(np.mean([sharpness(cv2.imdecode(jpeg, cv2.IMREAD_COLOR)[..., ::-1]) for jpeg in chosen])), 4))
-
-# %% ../nbs/50_preprocess.ipynb #9c7c90ab
-@cache
-def _voice_detector():
-    from silero_vad import load_silero_vad
-    return load_silero_vad()
-
-def voice_activity(samples:np.ndarray, # [n] mono, 16 kHz
-                   seconds:np.ndarray # [F] moments
-                  )->np.ndarray: # bool [F]
-    "Whether somebody speaks at each moment (silero-vad)"
-    from silero_vad import get_speech_timestamps
-    spoken = get_speech_timestamps(torch.from_numpy(np.asarray(samples, np.float32)), _voice_detector(), sampling_rate=16000, min_silence_duration_ms=150)
-    seconds = np.asarray(seconds)
-    return np.any([(seconds >= s['start']/16000) & (seconds < s['end']/16000) for s in spoken], axis=0) if spoken else np.zeros(len(seconds), bool)
 
 # %% ../nbs/50_preprocess.ipynb #3d7c90ab
 STILL = .006 # spread of the lip opening that the tracker's noise may reach, eye-corner distances

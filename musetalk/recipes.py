@@ -23,7 +23,7 @@ from .bundle import Bundle, find_bundle, load_bundle, save_bundle
 from .core import ConfigError, MediaError, find_models, read_json, write_json
 from .crop import CropRule
 from .dataset import FaceClips, FaceLessons
-from .losses import LossWeights, weights_from_config
+from .objective import LossWeights, weights_from_config
 from .official import OFFICIAL_UNET, is_official, load_official, load_official_vae, load_unet
 from .syncnet import load_syncnet
 from .train_faces import FaceModel, FaceStep, StageLessons, SyncTerm, continue_from, face_losses, picture_distance, train_faces
@@ -100,9 +100,9 @@ def complete(kind:str, # 'stage1' or 'stage2'
     defaults = REFERENCE | OURS | dict(data=REFERENCE['data'] | OURS['data'])
     if kind == 'stage2': defaults = {key: value | SECOND[key] if isinstance(SECOND.get(key), dict) else SECOND.get(key, value) for key, value in defaults.items()}
     whole = merge(defaults, config)
-    for name, allowed in (('random_margin_method', ['normal']), ('data.image_size', [256])):
+    for name, allowed in (('random_margin_method', ['normal', 'uniform']), ('data.image_size', [256])):
         value = whole['data']['image_size'] if 'image_size' in name else whole[name]
-        if value not in allowed: raise ConfigError(f'{name} is {value!r}; this training knows {allowed[0]!r} only.')
+        if value not in allowed: raise ConfigError(f'{name} is {value!r}; this training knows {" and ".join(map(repr, allowed))} only.')
     return whole
 
 # %% ../nbs/58_recipes.ipynb #5800a009
@@ -113,11 +113,13 @@ def loss_weights(config:dict)->LossWeights: # of a configuration
         except TypeError as error: raise ConfigError(f"Unknown key in loss_weights ({str(error).split('argument ')[-1]}); see `LossWeights`.") from error
     return weights_from_config(config.get('loss_params') or {}, (config.get('discriminator_train_params') or {}).get('start_gan', 1000))
 
-def margin_of(config:dict)->tuple: # mean and deviation, pixels
+def margin_of(config:dict)->tuple: # as `random_view` takes it
     "The lower margin of `crop_type`"
     kind = config.get('crop_type', 'crop_resize')
     if kind not in ('crop_resize', 'dynamic_margin_crop_resize'): raise ConfigError(f"Unknown crop_type '{kind}'; use crop_resize or dynamic_margin_crop_resize.")
-    return (config.get('cropping_jaw2edge_margin_mean', 10), config.get('cropping_jaw2edge_margin_std', 10)) if kind.startswith('dynamic') else (0, 0)
+    margin = config.get('cropping_jaw2edge_margin_mean', 10), config.get('cropping_jaw2edge_margin_std', 10)
+    if config.get('random_margin_method') == 'uniform': margin += ('uniform',)
+    return margin if kind.startswith('dynamic') else (0, 0)
 
 # %% ../nbs/58_recipes.ipynb #58fa0007
 def in_models(path)->Path: # a path as given, or the same under one of the model folders

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .audio import windows_at
 from .core import ConfigError
 from .dataset import FaceClips, apply_view, clip_weights, random_view
 from .losses import picture_loss
 from .mouth import MouthAdapter, lip_opening, mouth_basis, mouth_points, rest_shape
 from .train import Trainer
 from .vae import CompactAutoencoder, to_network
+from .windows import windows_at
 
 # %% ../nbs/56_train_parts.ipynb #5600a006
 logger = logging.getLogger('musetalk')

@@ -21,12 +21,14 @@ from torch import nn
 
 from .core import BundleError, ConfigError, contact_sheet, progress, temporary_output
 from .crop import RIGID_HALF_HEIGHT, RIGID_HALF_WIDTH
-from .dataset import POSE_POINTS, SAMPLING, FaceClips, apply_view, clip_weights, other_geometry, random_view, reference_candidates, turned_shape
+from .dataset import (POSE_POINTS, SAMPLING, FaceClips, apply_view, clip_weights, other_geometry, random_view, reference_candidates,
+                              turned_shape)
 from .discriminator import MOUTH_WIDTHS, MultiScaleDiscriminator
-from .losses import Discriminators, Losses, LossWeights
 from .mouth import WINDOW, MouthAdapter, cut_window, mouth_geometry, moved_lips, window_corner
+from .objective import Discriminators, LossWeights, Losses
 from .recognition import load_recognition, map_distances
-from .syncnet import SyncNet, hear_windows, sync_loss, sync_mel
+from .sync_lessons import sound_track
+from .syncnet import SyncNet, hear_windows, sync_loss
 from .train import Adversary, Trainer
 from .train_parts import psnr
 from .unet import LatentPainter
@@ -231,12 +233,7 @@ def sound_tracks(clips:FaceClips, # their sound
                  syncnet:SyncNet # says what it hears
                 )->dict: # name: (track, second of the sound at which the clip's first frame begins)
     "The sound of every clip that has one, as the SyncNet hears it"
-    tracks = {}
-    for index, row in enumerate(clips.rows):
-        if not row['sound']: continue
-        clip = clips[index]
-        tracks[row['name']] = sync_mel(clip.samples) if syncnet.config.sound == 'mel' else np.asarray(clip.features[:, -1]), float(clip.sound_start(0))
-    return tracks
+    return {row['name']: sound_track(syncnet, clips[index]) for index, row in enumerate(clips.rows) if row['sound']}
 
 def window_sync(syncnet:SyncNet # frozen
                ): # -> function (painted, sound) -> scalar, for `train_stage`

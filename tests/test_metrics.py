@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from musetalk.compare import Workshop, compare_faces, talking_clips
 from musetalk.core import ConfigError, FaceError, MediaError, MuseTalkError, save_image
-from musetalk.compare import compare_faces, talking_clips
-from musetalk.evaluate import Workshop, evaluate, read_evaluation
+from musetalk.evaluate import evaluate, read_evaluation
+from musetalk.metrics import lag_correlation, opening_range, rest_opening, shifted_curve, silence_motion, sync_scores, track_video
+from musetalk.picture_metrics import frechet_distance, frechet_features, lip_patch, sharpness_ratio
 from musetalk.sound import load_audio, write_audio
 from musetalk.writer import VideoWriter
-from musetalk.metrics import lag_correlation, opening_range, rest_opening, sharpness_ratio, shifted_curve, silence_motion, sync_scores, track_video
-from musetalk.picture_metrics import frechet_distance, frechet_features, lip_patch
 
 
 def write_talk(path, images, samples=None):
@@ -27,8 +27,8 @@ def write_talk(path, images, samples=None):
 def few_frames():
     "Look at three pictures a clip, for speed"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('musetalk.evaluate.PICTURES', 3)
-        patch.setattr('musetalk.evaluate.PORTRAITS', 2)
+        patch.setattr('musetalk.compare.PICTURES', 3)
+        patch.setattr('musetalk.compare.PORTRAITS', 2)
         yield
 
 
@@ -186,7 +186,7 @@ def test_nothing_is_made_twice_and_a_syncnet_or_anything_like_it_judges_every_ro
     before, folder = evaluated
     kept = sorted(path.name for path in (folder/'kept').iterdir())
     monkeypatch.setattr('musetalk.dub.dub', lambda *a, **k: pytest.fail('dubbed again'))
-    monkeypatch.setattr('musetalk.evaluate.track_video', lambda *a, **k: pytest.fail('tracked again'))
+    monkeypatch.setattr('musetalk.compare.track_video', lambda *a, **k: pytest.fail('tracked again'))
     report = evaluate(talkers, toy, syncnet=judge, folder=folder/'kept')
     assert sorted(path.name for path in (folder/'kept').iterdir()) == kept
     assert all(report.cross_driven[row]['sync_distance'] == 30 for row in ('dubbed', 'real', 'static mouth', 'shuffled speech', 'undubbed'))

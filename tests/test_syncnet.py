@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from musetalk.core import BundleError, ConfigError, MediaError
-from musetalk.syncnet import (OFFICIAL_SYNCNET, SyncNet, cut_windows, first_columns, hear_windows, load_syncnet, pair_loss, sync_loss,
-                              sync_mel, sync_scores)
+from musetalk.syncnet import (OFFICIAL_SYNCNET, SyncNet, cut_windows, first_columns, hear_windows, load_syncnet, pair_loss, sync_loss, sync_mel,
+                              sync_scores)
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT/'tests'/'golden'
