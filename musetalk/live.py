@@ -511,7 +511,7 @@ def say_text(self:Studio,
     speak = self.speak
     if speak is None:
         if find_spec('hibari') is None: raise Refused("This server has no voice for texts; its owner can install one: pip install 'musetalk[tts]'", 501)
-        from musetalk.cli import speak
+        from musetalk.speak import speak
     path = Path(self.scratch.name)/f'{secrets.token_hex(8)}.wav'
     def pieces():
         speak(text.text, path, text.speed)

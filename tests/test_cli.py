@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import musetalk
-from musetalk.cli import COMMANDS, main, speak
+from musetalk.cli import COMMANDS, main
+from musetalk.speak import speak
 from musetalk.core import ConfigError, save_image
 from musetalk.media import VideoSource
 from musetalk.sound import load_audio, write_audio
