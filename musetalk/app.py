@@ -127,7 +127,7 @@ def bundle_choices(
     if ordered[0].name != first: raise BundleError(f"{first} is not here yet; run `{next(choice for choice in found if choice.name == first).fetch.partition(' (')[0]}`.")
     return ordered
 
-# %% ../nbs/71_app.ipynb #35028bc1
+# %% ../nbs/71_app.ipynb #062e9d52
 @dataclass(frozen=True)
 class Control:
     "A setting of `DubSettings` as the page offers it"
@@ -146,26 +146,27 @@ class Control:
         choice:BundleChoice, # Whose margin is the default
     ): # A value
         "Where it stands at first"
-        return choice.margin if self.name == 'extra_margin' else getattr(DubSettings(), self.name)
+        value = choice.margin if self.name == 'extra_margin' else getattr(DubSettings(), self.name)
+        return '' if value is None else value
 
-# %% ../nbs/71_app.ipynb #72dac396
+# %% ../nbs/71_app.ipynb #63c1e0cf
 CONTROLS = (
-    Control('bbox_shift', 'Box shift', 'Pixels by which the middle of the box moves down; up opens the mouth less.', (-30, 30, 1), 'half_face'),
-    Control('extra_margin', 'Room below the chin', 'Pixels that the box reaches further down.', (0, 40, 1), 'half_face'),
-    Control('parsing_mode', 'Mask', 'Drawn from landmarks, or by a network that knows skin from hair.', (('from landmarks', None), ('jaw', 'jaw'), ('raw', 'raw'), ('neck', 'neck')), 'parser'),
-    Control('left_cheek_width', 'Left cheek', 'How much of the cheek on the left of the picture may change.', (20, 160, 5)),
-    Control('right_cheek_width', 'Right cheek', 'The same on the right.', (20, 160, 5)),
-    Control('upper_boundary_ratio', 'Upper line', 'Where the mask begins: 0 is the top of the box, 1 its bottom.', (.3, .7, .05)),
-    Control('feather', 'Soft edge', 'Softness of the edge of the mask.', (0, .2, .01)),
-    Control('sharpen', 'Sharpness', 'Most sharpening of the new part, to match its surroundings.', (0, 2, .1), 'full'),
-    Control('grain', 'Grain', "Share of the footage's grain that is added.", (0, 1, .1), 'full'),
-    Control('match', 'Colours', 'Fit the colours of the new part to its surroundings.', (('matched', True), ('as painted', False)), 'full'),
+    Control('bbox_shift', 'Box shift', 'Moves its middle down, or up if negative; pixels.', (-30, 30, 1), 'half_face'),
+    Control('extra_margin', 'Room below the chin', 'How far the box reaches further down; pixels.', (0, 40, 1), 'half_face'),
+    Control('parsing_mode', 'Mask', 'From landmarks, or by a network that knows skin from hair.', (('from landmarks', ''), ('jaw', 'jaw'), ('raw', 'raw'), ('neck', 'neck')), 'parser'),
+    Control('left_cheek_width', 'Left cheek', 'How much of it may change.', (20, 160, 5)),
+    Control('right_cheek_width', 'Right cheek', 'Left and right as in the picture.', (20, 160, 5)),
+    Control('upper_boundary_ratio', 'Upper line', 'Where the mask begins, from the top of the box.', (.3, .7, .05)),
+    Control('feather', 'Soft edge', 'How softly the mask ends.', (0, .2, .01)),
+    Control('sharpen', 'Sharpness', 'Most that is added to the new part.', (0, 2, .1), 'full'),
+    Control('grain', 'Grain', 'Share of that of the footage.', (0, 1, .1), 'full'),
+    Control('match', 'Colours', 'Of the new part, to its surroundings.', (('matched', True), ('as painted', False)), 'full'),
     Control('face', 'Which face', 'If there are several.', (('the largest', 'largest'), ('first from the left', 0), ('second', 1), ('third', 2))),
-    Control('loop', 'Short footage', 'What happens when the speech is longer.', (('back and forth', 'pingpong'), ('from the start', 'repeat'), ('hold the last frame', 'hold'))),
-    Control('fps', 'Frame rate', 'Of the result; pictures get 25.', (('as the footage', None), ('24', 24), ('25', 25), ('30', 30), ('50', 50))),
+    Control('loop', 'Short footage', 'If the speech is longer.', (('back and forth', 'pingpong'), ('from the start', 'repeat'), ('hold the last frame', 'hold'))),
+    Control('fps', 'Frame rate', 'A picture gets 25.', (('as the footage', ''), ('24', 24), ('25', 25), ('30', 30), ('50', 50))),
     Control('crf', 'Quality', 'Of the file.', (('high', 18), ('smaller file', 26), ('nearly lossless', 10))))
 
-# %% ../nbs/71_app.ipynb #d3aa708d
+# %% ../nbs/71_app.ipynb #11fb20e8
 def controls_for(
     choice:BundleChoice, # The bundle
 ) -> list: # Of `Control`
@@ -181,7 +182,7 @@ def settings_from(
 ) -> dict: # For `dub` and `preview`
     "The settings that count for this bundle; others are left out, whatever the page says"
     def exact(control, value): return int(value) if control.slides and isinstance(control.values[2], int) else value
-    return {control.name: exact(control, values[control.name]) for control in controls_for(choice) if values.get(control.name) is not None}
+    return {control.name: exact(control, values[control.name]) for control in controls_for(choice) if values.get(control.name) not in (None, '')}
 
 # %% ../nbs/71_app.ipynb #06007633
 class AppSession:
@@ -278,7 +279,7 @@ class Line:
                 self.tickets.remove(ticket)
                 self.changed.notify_all()
 
-# %% ../nbs/71_app.ipynb #39c5010a
+# %% ../nbs/71_app.ipynb #b7265b48
 class Stopped(MuseTalkError):
     "Nobody wants the result any more"
 
@@ -287,7 +288,8 @@ class Job:
     def __init__(self,
         work:Callable, # Is given this job; returns the result
     ):
-        self.state, self.done, self.total, self.result, self.error, self.began, self._stopping = 'waiting', 0, 0, None, None, clock.monotonic(), Event()
+        self.state, self.done, self.total, self.since = 'waiting', 0, 0, clock.monotonic()
+        self.result, self.error, self._stopping = None, None, Event()
         self.thread = Thread(target=self._run, args=(work,), name='musetalk-app', daemon=True)
         self.thread.start()
 
@@ -302,6 +304,7 @@ class Job:
     ):
         "For the work, to say how far it is. Raises `Stopped` if it should end"
         if self._stopping.is_set(): raise Stopped('Stopped; nothing of it was kept.')
+        if state != self.state: self.since = clock.monotonic()
         self.state, self.done, self.total = state, done, total
 
     @property
@@ -356,13 +359,13 @@ def side_by_side(
             writer.write(np.concatenate([shrunk(before), shrunk(after)], 1))
     return Path(out)
 
-# %% ../nbs/71_app.ipynb #a18554ba
+# %% ../nbs/71_app.ipynb #ff03fa32
 @dataclass
 class Trial:
     "One frame, before and after"
     before:np.ndarray # RGB uint8 [N,N,3], the surroundings of the face
     after:np.ndarray # The same place of the finished frame
-    panels:np.ndarray # Box and landmarks, mask, painted crop, result
+    panels:np.ndarray # Box and landmarks, mask; painted crop, result
     box:tuple # (x1, y1, x2, y2) crop box, pixels
     shift_range:tuple # Suggested least and greatest `bbox_shift`, pixels
     seconds:float # That it took
@@ -379,7 +382,7 @@ def surroundings(
     top = int(np.clip((y1 + y2 - side)/2, 0, image.shape[0] - side))
     return image[top:top + side, left:left + side]
 
-# %% ../nbs/71_app.ipynb #6e3fa95c
+# %% ../nbs/71_app.ipynb #d9a9c6bf
 def try_frame(
     face:str|Path, # Footage
     voice:str|Path|None, # Sound; None: silence
@@ -395,7 +398,12 @@ def try_frame(
     look = preview(face, voice, None, (number + .5)/source.fps, bundle, **settings)
     index = next(islice(loop_order(source.frame_count, number + 1, settings.get('loop', 'pingpong')), number, None))
     before = next(source.frames(index, index + 1)).image
-    return Trial(surroundings(before, look.box), surroundings(look.result, look.box), look.panels, look.box, look.shift_range, clock.perf_counter() - start)
+    return Trial(surroundings(before, look.box), surroundings(look.result, look.box), _in_two_rows(look.panels), look.box, look.shift_range, clock.perf_counter() - start)
+
+def _in_two_rows(sheet, gap=4): # four squares in a row, without the strip of labels above them
+    side = (sheet.shape[1] - 3*gap)//4
+    squares = [sheet[-side:, start:start + side] for start in range(0, 4*(side + gap), side + gap)]
+    return np.concatenate([np.concatenate(squares[:2], 1), np.concatenate(squares[2:], 1)])
 
 # %% ../nbs/71_app.ipynb #a7ac2166
 @dataclass
