@@ -8,7 +8,7 @@ __all__ = ['logger', 'CONTROLS', 'AppLimits', 'check_face', 'check_voice', 'plai
            'watched', 'side_by_side', 'Trial', 'surroundings', 'try_frame', 'Dubbed', 'Workshop', 'bundle', 'demo',
            'voice_missing', 'say', 'start']
 
-# %% ../nbs/71_app.ipynb #186fd2cd
+# %% ../nbs/71_app.ipynb #ae907005
 import logging
 import re
 import secrets
@@ -36,6 +36,7 @@ from .media import VideoSource, frame_count_for, loop_order, looped
 from .models import list_models
 from .official import OFFICIAL, is_official, official_config
 from .sound import audio_blocks, audio_duration
+from .speak import speak
 from .stages import DubSettings
 from .writer import VideoWriter
 
@@ -337,7 +338,7 @@ def watched(
     twin.stream = stream
     return twin
 
-# %% ../nbs/71_app.ipynb #197b8f69
+# %% ../nbs/71_app.ipynb #d1c27c6e
 def side_by_side(
     face:str|Path, # The footage
     dubbed:str|Path, # What was made of it
@@ -359,7 +360,7 @@ def side_by_side(
             writer.write(np.concatenate([shrunk(before), shrunk(after)], 1))
     return Path(out)
 
-# %% ../nbs/71_app.ipynb #ff03fa32
+# %% ../nbs/71_app.ipynb #01ab722a
 @dataclass
 class Trial:
     "One frame, before and after"
@@ -382,7 +383,7 @@ def surroundings(
     top = int(np.clip((y1 + y2 - side)/2, 0, image.shape[0] - side))
     return image[top:top + side, left:left + side]
 
-# %% ../nbs/71_app.ipynb #d9a9c6bf
+# %% ../nbs/71_app.ipynb #b021454d
 def try_frame(
     face:str|Path, # Footage
     voice:str|Path|None, # Sound; None: silence
@@ -405,7 +406,7 @@ def _in_two_rows(sheet, gap=4): # four squares in a row, without the strip of la
     squares = [sheet[-side:, start:start + side] for start in range(0, 4*(side + gap), side + gap)]
     return np.concatenate([np.concatenate(squares[:2], 1), np.concatenate(squares[2:], 1)])
 
-# %% ../nbs/71_app.ipynb #a7ac2166
+# %% ../nbs/71_app.ipynb #54ef2f60
 @dataclass
 class Dubbed:
     "What a guest gets"
@@ -435,7 +436,7 @@ class Workshop:
         "What to tell a guest"
         return plain(error, self.folder)
 
-# %% ../nbs/71_app.ipynb #825ed4dd
+# %% ../nbs/71_app.ipynb #ad07f429
 def bundle(self:Workshop,
     name:str, # One of `choices`
 ) -> Bundle:
@@ -461,7 +462,7 @@ def demo(self:Workshop,
     return face, voice
 Workshop.bundle, Workshop.demo = bundle, demo
 
-# %% ../nbs/71_app.ipynb #d1c16f60
+# %% ../nbs/71_app.ipynb #817128e9
 def voice_missing() -> str: # '': it is there
     "How to get the local voice"
     return '' if find_spec('hibari') else "Speaking a text needs the local voice: pip install 'musetalk[tts]', then start musetalk app again."
@@ -471,14 +472,13 @@ def say(self:Workshop,
     text:str, # English
 ) -> Path: # Sound file
     "Speak a text. Raises `ConfigError` if there is none, it is too long, or there is no voice"
-    from musetalk.cli import speak
     if len(text or '') > self.limits.text_length: raise ConfigError(f'The text has {len(text)} characters; at most {self.limits.text_length} are taken here.')
     if text and text.strip() and voice_missing(): raise ConfigError(voice_missing())
     speak(text or '', path := session.folder/'text.wav')
     return path
 Workshop.say = say
 
-# %% ../nbs/71_app.ipynb #5d3bbd69
+# %% ../nbs/71_app.ipynb #84d4aff5
 def start(self:Workshop,
     session:AppSession, # Who wants it
     face:str|Path, # Footage
