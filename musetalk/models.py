@@ -74,6 +74,7 @@ FILES = tuple(ModelFile(*line) for line in (
     ('vgg19/vgg19-dcbb9e9d.pth', None, '', 574673361, 'dcbb9e9dad569fff7a846263a77324fc34978fea2bfb039c012d710e1776ae44', ('training',), (TORCH + 'vgg19-dcbb9e9d.pth',), 'BSD-3-Clause'),
     ('face-parse-bisent/resnet18-5c106cde.pth', 'parser', 'resnet18-5c106cde.pth', 46827520,
      '5c106cde386e87d4033832f2996f5493238eda96ccf559d1d62760c4de0613f8', ('reference',), (TORCH + 'resnet18-5c106cde.pth',), 'BSD-3-Clause'),
+    ('dwpose/dw-ll_ucoco_384.onnx', 'dwpose', 'dw-ll_ucoco_384.onnx', 134399116, '724f4ff2439ed61afb86fb8a1951ec39c6220682803b4a8bd4f598cd913b1843', ('dwpose',)),
     ('dwpose/dw-ll_ucoco_384.pth', 'dwpose', 'dw-ll_ucoco_384.pth', 406878486, '0d9408b13cd863c4e95a149dd31232f88f2a12aa6cf8964ed74d7d97748c7a07', ('reference',))))
 
 # %% ../nbs/64_models.ipynb #d8dbfc7b
@@ -82,6 +83,7 @@ GROUPS = {
     'v1.5': 'MuseTalk 1.5: UNet, autoencoder, speech encoder, face parser',
     'v1.0': 'MuseTalk 1.0: the same with its first UNet',
     'face': 'S3FD and FAN, for the package face-alignment',
+    'dwpose': 'landmarks as the original finds them, for onnxruntime',
     'training': 'SyncNet and VGG-19, judges of the second stage of training',
     'reference': 'read by the original program only'}
 
