@@ -2,10 +2,12 @@
 import json
 import zlib
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from official import agree
 from musetalk.audio import OFFICIAL_BLOCK, WhisperEncoder, log_mel
 from musetalk.core import BundleError, ConfigError, MediaError
 from musetalk.features import AudioEncoder, StreamingFeatures, encode_audio
@@ -55,9 +57,9 @@ def test_tokens_equal_the_reference():
     network.load_state_dict(recipe(seed, {key: tuple(value.shape) for key, value in network.state_dict().items()}))
     samples = golden['waveform'].astype(np.float32) / 32768
     mel = log_mel(np.pad(samples, (0, 480000 - len(samples))))
-    assert np.abs(mel[None, ::8, ::25].numpy() - golden['mel_sample']).max() < 1e-4
+    agree('audio_tokens_short', mel[None, ::8, ::25], golden['mel_sample'], relative=False)
     features = WhisperEncoder(network, **OFFICIAL_BLOCK).features(samples)
-    def close(ours, theirs): assert np.abs(ours.numpy() - theirs).max() <= 1e-4 * np.abs(theirs).max()
+    close = partial(agree, 'audio_tokens_short')
     states = golden['states_first_segment_sample']
     close(features[::50, :, ::24], states[:len(features[::50])])
     for fps, count in ((25, 80), (30, 96)):
@@ -72,18 +74,18 @@ def test_windows_equal_the_reference():
     for case in json.loads(str(golden['meta']))['cases']:
         fps, name = case['fps'], f"{case['seconds']}s_{case['fps']}".replace('.', '_')
         if fps != int(fps) or not 25 <= fps <= 49: continue
-        assert (window_starts(fps, case['frames']).numpy() == golden[f'start_{name}']).all(), name
+        agree('audio_windows', window_starts(fps, case['frames']), golden[f'start_{name}'], 0)
         features = torch.ones(int(case['samples'] / 16000 * 50), 1, 1)   # the reference's double arithmetic
-        assert (frame_windows(features, fps, case['frames']).sum((1, 2, 3)).numpy() == golden[f'real_{name}']).all(), name
+        agree('audio_windows', frame_windows(features, fps, case['frames']).sum((1, 2, 3)), golden[f'real_{name}'], 0)
 
 
 def test_positional_encoding_equals_the_reference():
     golden = np.load(GOLDEN/'positional_encoding.npz')
     table = positional_encoding(50, 384)
-    assert np.abs(table[::7].numpy() - golden['table']).max() < 1e-5
+    agree('positional_encoding', table[::7], golden['table'], 1e-5, relative=False)
     shape = (2, 50, 384)
     x = np.clip(.5 * np.random.default_rng(zlib.crc32(b'1021:input:x')).standard_normal(shape, dtype=np.float32), -1, 1)
-    assert np.abs((torch.from_numpy(x) + table)[:, ::7, ::8].numpy() - golden['x_plus_pe_sample']).max() < 1e-5
+    agree('positional_encoding', (torch.from_numpy(x) + table)[:, ::7, ::8], golden['x_plus_pe_sample'], 1e-5, relative=False)
 
 
 def test_mini_encoder_streams_exactly():

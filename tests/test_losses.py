@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from official import agree
 from musetalk.core import BundleError, ConfigError
 from musetalk.discriminator import (MultiScaleDiscriminator, adversarial_loss, discriminator_from_config, discriminator_loss, downsample,
                                     feature_matching_loss, gaussian_kernel)
@@ -51,12 +52,6 @@ def with_singular_vectors(state):
     return state
 
 
-def near(ours, theirs, tolerance=1e-4):
-    ours, theirs = np.asarray(ours.detach() if isinstance(ours, torch.Tensor) else ours), np.asarray(theirs)
-    assert ours.shape == theirs.shape
-    assert np.abs(ours - theirs).max() <= tolerance*np.abs(theirs).max()
-
-
 @pytest.fixture
 def judge():
     "The reference's discriminator with recorded weights under their classic names"
@@ -78,10 +73,10 @@ def test_discriminator_judges_like_the_reference(judge):
     judge.eval()
     for side in (224, 256):
         (scores, features), = judge(noise(seed, f'x{side}', (1, 3, side, side)))
-        near(scores, stored[f'pred_{side}'])
+        agree('discriminator', scores, stored[f'pred_{side}'])
         for index, found in enumerate(features):
             step = max(1, found.shape[-1]//12)
-            near(found[:, ::8, ::step, ::step][:, ::4], stored[f'feat{index}_{side}'])
+            agree('discriminator', found[:, ::8, ::step, ::step][:, ::4], stored[f'feat{index}_{side}'])
 
 
 @torch.no_grad()
@@ -90,11 +85,11 @@ def test_adversarial_losses_equal_the_reference(judge):
     picture = lambda name, count, side: noise(meta['weight_seed'], name, (count, 3, side, side))
     judge.eval()
     found, wanted = judge(picture('y224', 1, 224)), judge(picture('x224', 1, 224))
-    near(adversarial_loss(found), stored['g_lsgan_y224'])
+    agree('discriminator', adversarial_loss(found), stored['g_lsgan_y224'])
     for block in range(4):
-        near(feature_matching_loss(wanted, found, [float(block == other) for other in range(4)]), stored['fm_x224_y224'][block])
-    near(feature_matching_loss(wanted, found), stored['fm_x224_y224'].sum())
-    near(discriminator_loss(judge(picture('real', 2, 256)), judge(picture('fake', 2, 256))), stored['d_loss_eval'])
+        agree('discriminator', feature_matching_loss(wanted, found, [float(block == other) for other in range(4)]), stored['fm_x224_y224'][block])
+    agree('discriminator', feature_matching_loss(wanted, found), stored['fm_x224_y224'].sum())
+    agree('discriminator', discriminator_loss(judge(picture('real', 2, 256)), judge(picture('fake', 2, 256))), stored['d_loss_eval'])
 
 
 @torch.no_grad()
@@ -103,23 +98,23 @@ def test_power_iteration_goes_the_classic_way(judge):
     picture = lambda name, count, side: noise(meta['weight_seed'], name, (count, 3, side, side))
     judge.train()
     (scores, _), = judge(picture('x224', 1, 224))
-    near(scores, stored['train_pred_224'])
+    agree('discriminator', scores, stored['train_pred_224'])
     state = judge.state_dict()
     for key in [key for key in stored.files if key.startswith('after1__')]:
         name = key.removeprefix('after1__').replace('__', '.').replace('.weight_', '.parametrizations.weight.0._')
-        assert np.abs(state[name].numpy() - stored[key]).max() < 1e-5
+        agree('discriminator', state[name], stored[key], 1e-5, relative=False)
     fake = judge(picture('fake', 2, 256))
     real = judge(picture('real', 2, 256))
-    near(discriminator_loss(real, fake), stored['d_loss_train_next'])
+    agree('discriminator', discriminator_loss(real, fake), stored['d_loss_train_next'])
 
 
 def test_pyramid_equals_the_reference():
     stored, meta = golden('pyramid')
     images = noise(meta['input_seed'], 'x', meta['shape'])
     for scale, name, step in ((.5, '0_5', 4), (.25, '0_25', 2), (.125, '0_125', 1)):
-        assert np.abs(downsample(images, scale)[:, :, ::step, ::step].numpy() - stored[f'level_{name}']).max() < 1e-5
+        agree('pyramid', downsample(images, scale)[:, :, ::step, ::step], stored[f'level_{name}'], 1e-5, relative=False)
         kernel = gaussian_kernel(scale)
-        assert np.abs(torch.outer(kernel, kernel).numpy() - stored[f'kernel_{name}']).max() < 1e-6
+        agree('pyramid', torch.outer(kernel, kernel), stored[f'kernel_{name}'], 1e-6, relative=False)
     assert downsample(images, 1) is images
 
 
@@ -137,10 +132,10 @@ def test_vgg_perceptual_equals_the_reference(vgg):
     real, painted = (noise(meta['weight_seed'], name, (1, 3, 256, 256)) for name in ('real', 'pred'))
     scales = (1, .5, .25, .125)
     with torch.no_grad():
-        near(np.array([[float(value) for value in layers] for layers in perceptual_differences(vgg, painted, real, scales, 224)]), stored['per_scale_layer'])
+        agree('vgg_perceptual', np.array([[float(value) for value in layers] for layers in perceptual_differences(vgg, painted, real, scales, 224)]), stored['per_scale_layer'])
         small = torch.nn.functional.interpolate(real, (224, 224), mode='bilinear')
-        for index, found in enumerate(vgg(downsample(small, .25))): near(found[:, ::16, ::2, ::2], stored[f'feat{index}_quarter'])
-    with torch.no_grad(): near(perceptual_loss(vgg, painted, real, scales, size=224), stored['loss'])
+        for index, found in enumerate(vgg(downsample(small, .25))): agree('vgg_perceptual', found[:, ::16, ::2, ::2], stored[f'feat{index}_quarter'])
+    with torch.no_grad(): agree('vgg_perceptual', perceptual_loss(vgg, painted, real, scales, size=224), stored['loss'])
 
 
 def test_vgg_file(vgg, tmp_path):
@@ -163,7 +158,7 @@ def test_mouth_crops_equal_the_reference():
     rectangles = torch.tensor(meta['rects'])
     for name, key in (('frames', 'mouth_real_sample'), ('pred', 'mouth_pred_sample')):
         crops = mouth_crops(noise(meta['input_seed'], name, (3, 3, 256, 256)), rectangles, reference=True)
-        assert np.abs(crops[:, :, ::8, ::8].numpy() - stored[key]).max() < 1e-5
+        agree('training_extras', crops[:, :, ::8, ::8], stored[key], 1e-5, relative=False)
 
 
 def test_mouth_rectangle_equals_the_reference():
@@ -173,8 +168,8 @@ def test_mouth_rectangle_equals_the_reference():
         box = stored['union_boxes'][int(face)]
         landmarks = stored['landmarks_shifted'][int(face)] + box[:2]
         found = reference_mouth_rectangle(landmarks, tuple(box.tolist()), int(stored['image_rgb'][1]), margin, kind == 1, meta['padding_pixel_mouth'])
-        assert found == tuple(wanted.tolist())
-        assert rectangle_mask(torch.tensor([found])).sum() == count
+        agree('mouth_mask', found, wanted, 0)
+        agree('mouth_mask', rectangle_mask(torch.tensor([found])).sum(), count, 0)
 
 
 def test_mended_mouth_rectangle_holds_the_lips():

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from official import recipe
+from official import agree, recipe
 
 from musetalk.blend import composite
 from musetalk.core import ConfigError, save_image
@@ -31,10 +31,10 @@ def test_network_gives_the_same_logits_and_classes(network):
     hook = network.register_forward_pre_hook(lambda module, inputs: seen.setdefault('x', inputs[0]))
     classes = parse_faces(network, [golden['image_rgb']])[0]
     hook.remove()
-    assert np.abs(seen['x'][0, :, ::64, ::64].numpy() - golden['input_sample']).max() < 1e-5
+    agree('bisenet', seen['x'][0, :, ::64, ::64], golden['input_sample'], 1e-5, relative=False)
     with torch.no_grad(): heads = network(seen['x'], all_heads=True)
     for head, name in zip(heads, ('logits_sample', 'logits16_sample', 'logits32_sample')):
-        assert np.abs(head[0, :, ::64, ::64].numpy() - golden[name]).max() < 1e-4*np.abs(golden[name]).max()
+        agree('bisenet', head[0, :, ::64, ::64], golden[name])
     same, safe = classes[::2, ::2] == golden['argmax'], np.unpackbits(golden['argmax_safe']).reshape(256, 256) > 0
     assert same[safe].all() and same.mean() > .999
 
@@ -42,7 +42,8 @@ def test_network_gives_the_same_logits_and_classes(network):
 def test_kernels():
     golden = np.load(GOLDEN/'mask_modes.npz')
     grow, narrow = jaw_kernels()
-    assert (grow == golden['dilate_kernel']).all() and (narrow == golden['erode_kernel']).all()
+    agree('mask_modes', grow, golden['dilate_kernel'], 0)
+    agree('mask_modes', narrow, golden['erode_kernel'], 0)
 
 
 @pytest.mark.parametrize('number', range(4))
@@ -50,8 +51,8 @@ def test_masks_of_all_modes_are_the_same(number):
     golden = np.load(GOLDEN/'mask_modes.npz')
     cheeks, classes = json.loads(str(golden['meta']))['cheeks'], golden['class_maps'][number]
     unpacked = lambda packed: np.unpackbits(packed, axis=-1)*255
-    for mode in ('raw', 'neck'): assert (class_mask(classes, mode) == unpacked(golden[mode][number])).all()
-    for pair, wanted in zip(cheeks, golden['jaw'][number]): assert (class_mask(classes, 'jaw', *pair) == unpacked(wanted)).all()
+    for mode in ('raw', 'neck'): agree('mask_modes', class_mask(classes, mode), unpacked(golden[mode][number]), 0)
+    for pair, wanted in zip(cheeks, golden['jaw'][number]): agree('mask_modes', class_mask(classes, 'jaw', *pair), unpacked(wanted), 0)
 
 
 @pytest.mark.parametrize('number', range(9))
@@ -64,7 +65,7 @@ def test_soft_masks_are_the_same(number):
     parsed = np.full((512, 512), 255, np.uint8) if case['parse'] == 'full' else np.unpackbits(golden['parse_mask'], axis=-1)*255
     mask = soft_mask(parsed, case['box'], case['upper_boundary_ratio'], .1, case['expand'])
     x1, y1, x2, y2 = np.array(case['box']) - np.array(square[:2]*2)
-    assert (mask == golden[f'rt_mask_{number}'][y1:y2, x1:x2]).all()
+    agree('blending', mask, golden[f'rt_mask_{number}'][y1:y2, x1:x2], 0)
 
 
 @pytest.mark.parametrize('name,blur', [('offline', .05), ('realtime', .1)])
@@ -75,8 +76,7 @@ def test_blending_is_the_same(name, blur):
     box = tuple(np.array(case['box']) - [left, top, left, top])
     mask = soft_mask(np.unpackbits(golden['parse_mask'], axis=-1)*255, box, case['upper_boundary_ratio'], blur, case['expand'])
     result = composite(golden['region'], golden['face'], box, mask, match=False, sharpen=0)
-    difference = np.abs(result.astype(int) - golden[name])
-    assert difference.max() <= 1
+    agree('blending', result.astype(int), golden[name], 1, relative=False)
     assert (parser_picture(golden['region'][..., ::-1], parser_square(box, case['expand']))[::5, ::5] == golden['expanded_rgb_sample']).all()
 
 
