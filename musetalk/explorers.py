@@ -417,7 +417,7 @@ def attention_view(
     across = max(top.shape[1], strip.shape[1])
     return np.concatenate([cv2.copyMakeBorder(sheet, 0, 10, 0, across - sheet.shape[1], cv2.BORDER_CONSTANT, value=(255, 255, 255)) for sheet in (top, strip)])
 
-# %% ../nbs/70_explorers.ipynb #091425b2
+# %% ../nbs/70_explorers.ipynb #4663b26f
 def attention_explorer(
     bundle:str|Bundle='mini', # Name, folder, or a loaded bundle
     video:str|Path|None=None, # Video, picture or folder; None: an example
@@ -426,7 +426,7 @@ def attention_explorer(
     "See which speech tokens each place about the mouth looks at"
     footage, speech = Picker('footage', FOOTAGE, VIDEOS | PICTURES, str(video or next(iter(FOOTAGE)))), Picker('sound', SPEECH, SOUNDS | VIDEOS, str(audio or next(iter(SPEECH))))
     frame, token = slider('moment', 0, 0, 0, tip='frame of the sound'), slider('token', 0, 0, 0, tip='shown large')
-    layer, picture = Dropdown(options=[('mean of all layers', '')], description='layer', style=dict(description_width='110px'), layout=Layout(width='410px')), view()
+    layer, picture = Dropdown(options=[('mean of all layers', '')], description='layer', style=dict(description_width='110px'), layout=Layout(width='410px', max_width='98%')), view()
     panel = Panel([footage, speech, picture, pairs(frame, token), layer], video=footage.field, upload=footage.button, audio=speech.field, frame=frame, layer=layer, token=token, picture=picture)
     _attention_wiring(panel, footage, speech, bundle)
     return panel

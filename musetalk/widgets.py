@@ -36,7 +36,7 @@ from .media import VideoSource
 from .picture import PICTURES
 from .track import track_faces
 
-# %% ../nbs/70_widgets.ipynb #b4a78776
+# %% ../nbs/70_widgets.ipynb #c043f4a8
 logger = logging.getLogger('musetalk')
 
 class Panel(VBox):
@@ -46,7 +46,7 @@ class Panel(VBox):
         **named, # Those that a program wants to reach, see `panel['name']`
     ):
         self.named, self.state, self.note = named, SimpleNamespace(), HTML(layout=Layout(min_height='28px'))
-        self.lock, self.turn, self.threads, self.closed, self.settling = RLock(), 0, [], False, False
+        self.lock, self.turn, self.threads, self.closed, self.settling, self.message = RLock(), 0, [], False, False, ''
         self.scratch = tempfile.TemporaryDirectory(prefix='musetalk-', ignore_cleanup_errors=True)
         super().__init__([*rows, self.note], layout=Layout(width='100%', max_width='920px', overflow='hidden'))
 
@@ -129,7 +129,7 @@ def at_once(self:Panel,
     finally: self.settling = False
     react()
 
-# %% ../nbs/70_widgets.ipynb #2bf93db1
+# %% ../nbs/70_widgets.ipynb #09c7d026
 LARGEST_UPLOAD = 7_000_000 # bytes; as text in a message of Jupyter's it grows by a third, and 10 MB is the limit
 SOUNDS = {'.wav', '.mp3', '.flac', '.ogg', '.m4a', '.aac', '.opus'}
 VIDEOS = {'.mp4', '.mov', '.mkv', '.webm', '.avi', '.m4v'}
@@ -145,7 +145,7 @@ class Picker(HBox):
         here = sorted(str(path) for path in Path().iterdir() if path.suffix.lower() in endings)[:30]
         self.examples, self.uploads = examples, {}
         self.field = Combobox(description=label, value=value, options=[*examples, *here], ensure_option=False, continuous_update=False, placeholder='path of a file, or double-click for a list',
-                              style=dict(description_width='80px'), layout=Layout(width='480px'))
+                              style=dict(description_width='80px'), layout=Layout(width='480px', max_width='98%'))
         self.button = FileUpload(accept=','.join(sorted(endings)), description='Upload', tooltip=f'At most {LARGEST_UPLOAD//1_000_000} MB; give larger files by their path', layout=Layout(width='120px'))
         super().__init__([self.field, self.button, HTML(f'<small>at most {LARGEST_UPLOAD//1_000_000} MB</small>')], layout=Layout(align_items='center', flex_flow='row wrap'))
 
@@ -182,7 +182,7 @@ def uploaded_file(name:str, content:bytes)->dict: # One item of a `FileUpload`'s
     "What a browser sends, for programs and tests"
     return dict(name=name, type='', size=len(content), content=memoryview(content), last_modified=datetime.now(timezone.utc))
 
-# %% ../nbs/70_widgets.ipynb #db46c89d
+# %% ../nbs/70_widgets.ipynb #f56f5d58
 def jpeg(
     picture:np.ndarray, # RGB uint8 [H,W,3]
     quality:int=88, # 1 to 100
@@ -205,7 +205,7 @@ def view() -> Image: # Empty
 def slider(label:str, value, low, high, step=1, tip:str=''): # `IntSlider`, or `FloatSlider` where a number is not whole
     "A slider with room for its label"
     kind = IntSlider if all(isinstance(number, int) for number in (value, low, high, step)) else FloatSlider
-    return kind(value=value, min=low, max=high, step=step, description=label, description_tooltip=tip or None, style=dict(description_width='110px'), layout=Layout(width='410px'))
+    return kind(value=value, min=low, max=high, step=step, description=label, description_tooltip=tip or None, style=dict(description_width='110px'), layout=Layout(width='410px', max_width='98%'))
 
 def pairs(*parts): # Two by two, so that a narrow page can put them below each other
     "Rows of controls"
@@ -267,14 +267,14 @@ def crop_view(
     if points: crop = draw_landmarks(crop, landmarks_in_crop(record.landmarks, box))
     return contact_sheet([shown, crop], ['frame', 'crop, 256x256: what the network is given'], height), box
 
-# %% ../nbs/70_widgets.ipynb #101db971
+# %% ../nbs/70_widgets.ipynb #a910ab25
 def crop_explorer(
     video:str|Path|None=None, # Video, picture or folder; None: an example
     most:int=25, # Frames to look at
 ) -> Panel: # Parts: video, frame, rule, shift, margin, scale, points, mask, picture, facts
     "Move the crop box over the frames of some footage"
     picker = Picker('footage', FOOTAGE, VIDEOS | PICTURES, str(video or next(iter(FOOTAGE))))
-    rule = Dropdown(options={'rigid: eyes and nose (ours)': 'rigid', 'half face: nose bridge and chin (MuseTalk)': 'half_face'}, description='crop rule', style=dict(description_width='110px'), layout=Layout(width='410px'))
+    rule = Dropdown(options={'rigid: eyes and nose (ours)': 'rigid', 'half face: nose bridge and chin (MuseTalk)': 'half_face'}, description='crop rule', style=dict(description_width='110px'), layout=Layout(width='410px', max_width='98%'))
     frame, play = slider('frame', 0, 0, 0), Play(interval=250, max=0, show_repeat=False)
     jslink((play, 'value'), (frame, 'value'))
     shift, margin, scale = slider('bbox_shift', 0, -80, 80, tip='moves the box down, pixels'), slider('extra_margin', 0, -40, 80, tip='grows the box below, pixels'), slider('scale', 1., .7, 1.5, .05, 'grows the rigid box about its centre')
