@@ -79,6 +79,7 @@ class Clip:
     @property
     def samples(self): return self._sound['samples'].astype(np.float32)/32767 # [n] 16 kHz
 
+# %% ../nbs/51_dataset.ipynb #3f32c2b9
 def _arrays(path):
     try:
         with np.load(path, allow_pickle=False) as stored: return {name: stored[name] for name in stored.files}
@@ -156,6 +157,7 @@ def view_matrix(view:dict, # from `random_view`
     matrix[1] *= size/(size + view['margin'])
     return matrix
 
+# %% ../nbs/51_dataset.ipynb #01bd372c
 def apply_view(crop:np.ndarray, # uint8 [288,288,3]
                view:dict, # from `random_view`
                landmarks:np.ndarray=None, # [68,2] pixels of the crop
@@ -234,6 +236,7 @@ def talking_portrait(picture:np.ndarray, # uint8 [H,W,3] RGB
     moved[[*range(5, 12), *range(55, 60), 65, 66, 67], 1] += drop
     return cv2.remap(image, columns, rows, cv2.INTER_LINEAR), moved
 
+# %% ../nbs/51_dataset.ipynb #3d141945
 def talking_film(folder, # written like a preprocessed folder
                  picture:np.ndarray, points:np.ndarray, # portrait and its landmarks
                  frames:int=100, seed:int=0 # of each clip

@@ -251,6 +251,7 @@ def identity_of(path:Path, # of a video, relative to the source folder
     if path.parent != Path('.'): return path.parent.as_posix()
     return re.sub(r'[-_ ]?\d+$', '', path.stem) or path.stem
 
+# %% ../nbs/50_preprocess.ipynb #788abe28
 def settle_offsets(rows:list, # with `identity`, `offsets`, `frames`; gets `lag_ms`, `agreement`, `sound`
                    limits:Limits=Limits() # least agreement, largest offset
                   )->list: # rows of rejected sound, with a reason
@@ -347,6 +348,7 @@ def preprocess(source, # folder of videos, searched deeply
     rejected += settle_offsets(rows, limits)
     return _write_lists(out, rows, rejected) | dict(videos=len(videos))
 
+# %% ../nbs/50_preprocess.ipynb #41f42ff4
 def _same_settings(path, settings):
     if not path.exists(): write_json(path, settings)
     elif (before := read_json(path)) != json.loads(json.dumps(settings)):

@@ -6,7 +6,7 @@
 __all__ = ['logger', 'SOLVER', 'NOT_TRAINER', 'REFERENCE', 'SECOND', 'OURS', 'UNUSED', 'KNOWN', 'read_config', 'trainer_options',
            'complete', 'loss_weights', 'margin_of', 'in_models', 'starting_parts', 'earlier_stage', 'clip_names',
            'face_lessons', 'sync_network', 'heard_with', 'save_faces', 'train_face_stage', 'cached_lessons',
-           'train_cached_stage', 'last_scores', 'paints_whole_crops', 'train']
+           'mouth_parts', 'train_cached_stage', 'last_scores', 'paints_whole_crops', 'train']
 
 # %% ../nbs/58_recipes.ipynb #5800a003
 import json
@@ -20,15 +20,16 @@ import yaml
 
 from .audio import OFFICIAL_BLOCK, WhisperEncoder
 from .bundle import Bundle, find_bundle, load_bundle, save_bundle
-from .core import ConfigError, MediaError, find_models, read_json, write_json
+from .core import BundleError, ConfigError, MediaError, find_models, read_json, write_json
 from .crop import CropRule
 from .dataset import FaceClips, FaceLessons
+from .mouth import MouthAdapter
 from .objective import LossWeights, weights_from_config
 from .official import OFFICIAL_UNET, is_official, load_official, load_official_vae, load_unet
 from .syncnet import load_syncnet
 from .train_faces import FaceModel, FaceStep, StageLessons, SyncTerm, continue_from, face_losses, picture_distance, train_faces
 from .train_parts import mouth_displacements, train_mouth, train_vae
-from .train_stages import CachedLessons, StageModel, begin_with, cache_faces, sound_tracks, train_stage, window_sync
+from .train_stages import CachedLessons, StageModel, begin_with, blend_decoder, cache_faces, sound_tracks, train_stage, window_sync
 from .unet import LatentPainter
 from .vae import load_vae
 
@@ -85,7 +86,7 @@ UNUSED = {'data.dataset_key': 'the footage is what --data names', 'use_adapted_w
           'save_model_epoch_interval': 'every checkpoint holds the whole state', 'solver.uncond_steps': 'nothing reads it', 'solver.enable_xformers_memory_efficient_attention': 'torch attends economically by itself',
           'discriminator_train_params.patch_size': 'nothing reads it', 'discriminator_train_params.epochs': 'steps count', 'discriminator_train_params.eps': 'the judges share solver.adam_epsilon',
           'model_params.discriminator_params.image_channel': 'pictures have three', 'model_params.discriminator_params.estimate_jacobian': 'nothing reads it'}
-KNOWN = {'exp_name', 'output_dir', 'bundle', 'start', 'network', 'layers', 'silence', 'noise', 'data', 'solver', 'ema', 'seed', 'learn_decoder', 'latent', 'loss_weights', 'val_batches', 'shown', 'model', 'train', 'ckpt', *REFERENCE, *OURS}
+KNOWN = {'exp_name', 'output_dir', 'bundle', 'start', 'network', 'layers', 'silence', 'noise', 'data', 'solver', 'ema', 'seed', 'learn_decoder', 'decoder_share', 'adapter', 'latent', 'loss_weights', 'val_batches', 'shown', 'model', 'train', 'ckpt', *REFERENCE, *OURS}
 
 def complete(kind:str, # 'stage1' or 'stage2'
              config:dict # keys of a file
@@ -266,6 +267,23 @@ def cached_lessons(config:dict, data, bundle, output:Path, syncnet=None, show_pr
         sets.append(CachedLessons(cached, bundle.adapter, shared_margin=shared, **learn, **common, **sound))
     return tuple(sets)
 
+# %% ../nbs/58_recipes.ipynb #9e284750
+def mouth_parts(config:dict # with `bundle`, perhaps `vae`, `adapter`, `random_init_unet`
+               )->Bundle: # float32, on the processor; painter and adapter learn
+    "What a stage with drawn lips begins with. Raises `ConfigError` for a bundle without an adapter, `BundleError` for missing parts"
+    bundle = load_bundle(config['bundle'], 'cpu', 'float32')
+    if config.get('vae'): bundle.vae = load_vae(in_models(config['vae']))
+    if config.get('adapter'):
+        try: bundle.adapter = MouthAdapter.from_pretrained(in_models(config['adapter']), local_files_only=True, low_cpu_mem_usage=False)
+        except (OSError, ValueError) as error: raise BundleError(f"{config['adapter']} holds no adapter; give the folder that `musetalk train audio` wrote. ({error})") from error
+    if bundle.adapter is None: raise ConfigError(f'{bundle.folder} has no adapter, which a painter with drawn lips needs; name another bundle.')
+    bundle.painter.requires_grad_(True); bundle.adapter.requires_grad_(True)
+    torch.manual_seed(config.get('seed', 0))
+    if config.get('random_init_unet'):
+        bundle.painter = LatentPainter(bundle.painter.config.unet, bundle.painter.config.layout)
+        for layer in bundle.adapter.embed: getattr(layer, 'reset_parameters', lambda: None)()
+    return bundle
+
 # %% ../nbs/58_recipes.ipynb #5800a010
 def train_cached_stage(kind:str, # 'stage1' or 'stage2'
                        config:dict, # from `read_config`
@@ -274,22 +292,20 @@ def train_cached_stage(kind:str, # 'stage1' or 'stage2'
                        show_progress:bool=True # a bar
                       )->dict: # the last validation
     "One stage of a model with drawn lips; writes `bundle/` at its end"
-    bundle = load_bundle(config['bundle'], 'cpu', 'float32')
-    if bundle.adapter is None: raise ConfigError(f'{bundle.folder} has no adapter, which a painter with drawn lips needs; name another bundle.')
-    bundle.painter.requires_grad_(True); bundle.adapter.requires_grad_(True)
-    torch.manual_seed(config.get('seed', 0))
-    if config.get('random_init_unet'):
-        bundle.painter = LatentPainter(bundle.painter.config.unet, bundle.painter.config.layout)
-        for layer in bundle.adapter.embed: getattr(layer, 'reset_parameters', lambda: None)()
+    bundle = mouth_parts(config)
+    first = {name: value.clone() for name, value in bundle.vae.model.decoder.state_dict().items()}
     model, weights = StageModel(bundle.painter, bundle.vae, bundle.adapter, config.get('learn_decoder', False)).train(), loss_weights(config)
     if before := earlier_stage(kind, {key: config[key] for key in ('start',) if key in config}, output): begin_with(model, before)
     syncnet = load_syncnet(in_models(config.get('syncnet') or 'models/syncnet-mini')) if weights.sync else None
     lessons, tests = cached_lessons(config, data, bundle, output, syncnet, show_progress)
     trainer = train_stage(output, model, lessons, tests, weights, latent=config.get('latent', 1.), sync=window_sync(syncnet) if syncnet else None, validate_every=config.get('val_freq', 250), checks=config.get('val_batches', 6), shown=config.get('shown', False),
                           save_every=config.get('checkpointing_steps', 100), show_progress=show_progress, **trainer_options(config))
-    with trainer.averaged(): save_bundle(bundle, output/'bundle', bundle.folder/'audio_encoder')
+    with trainer.averaged():
+        if config.get('learn_decoder'): blend_decoder(bundle.vae.model.decoder, first, config.get('decoder_share', 1.))
+        save_bundle(bundle, output/'bundle', bundle.folder/'audio_encoder')
     return last_scores(output)
 
+# %% ../nbs/58_recipes.ipynb #92c659e6
 def last_scores(output)->dict: # of a run
     "The last line of its log that holds a validation"
     if not (Path(output)/'log.jsonl').exists(): return {}
@@ -302,6 +318,14 @@ def paints_whole_crops(config:dict)->bool: # of a stage's configuration
     if config.get('unet') or not config.get('bundle') or is_official(config['bundle']): return True
     return read_json(find_bundle(config['bundle'])/'unet/config.json').get('layout', 'full') == 'full'
 
+def _train_audio(config, data, output, show_progress):
+    folder = find_bundle(config.get('bundle', 'mini'))
+    stored = read_json(Path(data)/'settings.json').get('layers') if (Path(data)/'settings.json').exists() else None
+    encoder = WhisperEncoder.from_folder(folder/'audio_encoder', **(dict(layers=stored) if stored else {})) if config.get('silence', True) else None
+    train_mouth(data, output, network=config.get('network'), layers=config.get('layers', [0]), silence=config.get('silence', True), encoder=encoder,
+                start=folder/'adapter' if config.get('start') else None, show_progress=show_progress, **trainer_options(config))
+
+# %% ../nbs/58_recipes.ipynb #54649de8
 def train(kind:str, # 'vae', 'audio', 'syncnet', 'stage1' or 'stage2'
           config, # YAML file, or its contents
           data, # folder written by `preprocess`
@@ -323,10 +347,3 @@ def train(kind:str, # 'vae', 'audio', 'syncnet', 'stage1' or 'stage2'
         from musetalk.train_syncnet import train_syncnet
         train_syncnet(data, output, {key: config[key] for key in ('model', 'train') if key in config})
     return last_scores(output)
-
-def _train_audio(config, data, output, show_progress):
-    folder = find_bundle(config.get('bundle', 'mini'))
-    stored = read_json(Path(data)/'settings.json').get('layers') if (Path(data)/'settings.json').exists() else None
-    encoder = WhisperEncoder.from_folder(folder/'audio_encoder', **(dict(layers=stored) if stored else {})) if config.get('silence', True) else None
-    train_mouth(data, output, network=config.get('network'), layers=config.get('layers', [0]), silence=config.get('silence', True), encoder=encoder,
-                start=folder/'adapter' if config.get('start') else None, show_progress=show_progress, **trainer_options(config))

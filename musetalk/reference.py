@@ -51,6 +51,7 @@ def parsing_counterpart(
     if 'parsing_mode' in settings: return Counterpart('--parsing_mode', 'jaw', '`--parsing-mode jaw`, `raw` or `neck`', 'without it the mask follows the landmarks and needs no parser')
     return Counterpart('--parsing_mode', 'jaw', '`parsing.parsed_masks` in Python', 'masks follow the landmarks and need no parser')
 
+# %% ../nbs/67_reference.ipynb #6be9f730
 INFERENCE = tuple(Counterpart(*row) for row in (
     ('--bbox_shift', 0, '`--bbox-shift`', 'works for every version; the original script ignores it for 1.5, its web page does not'),
     ('--batch_size', 8, '`--batch-size`'),
@@ -59,6 +60,7 @@ INFERENCE = tuple(Counterpart(*row) for row in (
     ('--use_saved_coord', False, '`musetalk avatar`', 'an avatar is prepared once and keeps faces, latents and masks, for this footage and these settings only'),
     ('--saved_coord', False, '`musetalk avatar`', 'the same')))
 
+# %% ../nbs/67_reference.ipynb #8a4ff295
 REALTIME = tuple(Counterpart(*row) for row in (
     ('--inference_config', 'configs/inference/realtime.yaml', '`avatar --config`'),
     ('--unet_model_path', './models/musetalk/pytorch_model.bin', '`--bundle`', 'the default there is of version 1.0, while that of --version is v15'),

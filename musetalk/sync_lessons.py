@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'MARGIN', 'TOY_SYNCNET', 'SyncClip', 'margin_of', 'small_pictures', 'sound_track', 'read_sync_clip',
-           'read_sync_clips', 'synthetic_speaker', 'window_view', 'SyncLessons', 'embed_clip', 'clip_scores',
-           'held_out_scores']
+           'read_sync_clips', 'synthetic_speaker', 'window_view', 'spread_places', 'SyncLessons', 'embed_clip',
+           'clip_scores', 'held_out_scores']
 
 # %% ../nbs/54_sync_lessons.ipynb #c333653b
 import logging
@@ -143,6 +143,18 @@ def window_view(model:SyncNet,
         window = window + rng.normal(size=window.shape).astype(np.float32)*rng.uniform(0, 6)*strength
     return torch.from_numpy(np.ascontiguousarray(window, dtype=np.float32)/127.5 - 1).permute(0, 3, 1, 2)
 
+# %% ../nbs/54_sync_lessons.ipynb #23a54fde
+def spread_places(places:np.ndarray, # [P] frames at which windows may begin
+                  windows:int, # wanted
+                  apart:int, # frames between two of them, at least
+                  rng:np.random.Generator # the source of chance
+                 )->np.ndarray|None: # [windows], or None if so many were not found
+    "Some places of a clip, drawn one after the other"
+    chosen = []
+    for place in rng.permutation(places):
+        if all(abs(place - other) >= apart for other in chosen): chosen.append(int(place))
+        if len(chosen) == windows: return np.array(chosen)
+
 # %% ../nbs/54_sync_lessons.ipynb #bc3edb87
 class SyncLessons:
     "Draws lessons: some windows of one clip, with their sounds"
@@ -156,22 +168,16 @@ class SyncLessons:
                 ):
         self.model, self.windows, self.apart, self.strength = model, windows, apart, strength
         places = [clip.places(model) for clip in clips]
-        enough = [len(p) > 0 and self.spread(p, np.random.default_rng(0)) is not None for p in places]
+        enough = [len(p) > 0 and spread_places(p, windows, apart, np.random.default_rng(0)) is not None for p in places]
         self.clips, self.places = [c for c, e in zip(clips, enough) if e], [p for p, e in zip(places, enough) if e]
         if not self.clips: raise MediaError(f'No clip has {windows} spoken windows of {model.config.frames} frames, {apart} frames apart, with their sound; take longer clips or fewer windows.')
         if len(self.clips) < len(clips): logger.warning('%d of %d clips are too short or too silent for a lesson', len(clips) - len(self.clips), len(clips))
         self.weights = clip_weights([dict(identity=c.identity, frames=len(p)) for c, p in zip(self.clips, self.places)], power)
 
-    def spread(self, places, rng): # -> starts [windows], or None
-        chosen = []
-        for place in rng.permutation(places):
-            if all(abs(place - other) >= self.apart for other in chosen): chosen.append(int(place))
-            if len(chosen) == self.windows: return np.array(chosen)
-
     def __call__(self, rng): # -> dict of tensors: pictures [K,...], sound [K,...], place [K], clip
         index = int(rng.choice(len(self.clips), p=self.weights))
         clip, starts = self.clips[index], None
-        while starts is None: starts = self.spread(self.places[index], rng)
+        while starts is None: starts = spread_places(self.places[index], self.windows, self.apart, rng)
         frames = self.model.config.frames
         windows = torch.stack([window_view(self.model, clip.regions[s:s + frames], rng, self.strength) for s in starts])
         return dict(pictures=stack(self.model, windows), sound=hear_windows(self.model, clip.track, starts, clip.shift),

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from fastcore.basics import patch
 from safetensors import SafetensorError
 from torch import nn
 
@@ -122,6 +123,17 @@ class SyncEncoder(nn.Module):
         for block in self.down_blocks: x = block(x)
         return self.norm_out(x).flatten(1)
 
+# %% ../nbs/33_syncnet.ipynb #1b7b960b
+def _check_design(frames, size, colours, sound, sound_size, head, audio_encoder, visual_encoder):
+    "Whether the parts of a configuration fit each other"
+    if sound not in ('mel', 'features') or head not in ('cosine', 'logistic') or colours not in (1, 3):
+        raise ConfigError(f"sound='{sound}', head='{head}', colours={colours}: use mel or features, cosine or logistic, 1 or 3.")
+    if visual_encoder['in_channels'] != frames*colours: raise ConfigError(f"visual_encoder.in_channels must be {frames*colours}: {frames} frames of {colours}.")
+    for name, part, shape in (('audio', audio_encoder, sound_size), ('visual', visual_encoder, size)):
+        if (last := sizes(shape, part['downsample_factors'])[-1]) != (1, 1):
+            raise ConfigError(f'{name}_encoder.downsample_factors take {tuple(shape)} to {last}; they must end at one point.')
+    if audio_encoder['block_out_channels'][-1] != visual_encoder['block_out_channels'][-1]: raise ConfigError('Both embeddings must be of one length.')
+
 # %% ../nbs/33_syncnet.ipynb #c7ce7fec
 class SyncNet(ModelMixin, ConfigMixin):
     "How well a mouth and a sound fit"
@@ -141,37 +153,41 @@ class SyncNet(ModelMixin, ConfigMixin):
                  head:str='cosine' # or 'logistic'
                 ):
         super().__init__()
-        if sound not in ('mel', 'features') or head not in ('cosine', 'logistic') or colours not in (1, 3):
-            raise ConfigError(f"sound='{sound}', head='{head}', colours={colours}: use mel or features, cosine or logistic, 1 or 3.")
-        if visual_encoder['in_channels'] != frames*colours: raise ConfigError(f"visual_encoder.in_channels must be {frames*colours}: {frames} frames of {colours}.")
-        for name, part, shape in (('audio', audio_encoder, sound_size), ('visual', visual_encoder, size)):
-            if (last := sizes(shape, part['downsample_factors'])[-1]) != (1, 1):
-                raise ConfigError(f'{name}_encoder.downsample_factors take {tuple(shape)} to {last}; they must end at one point.')
-        if audio_encoder['block_out_channels'][-1] != visual_encoder['block_out_channels'][-1]: raise ConfigError('Both embeddings must be of one length.')
+        _check_design(frames, size, colours, sound, sound_size, head, audio_encoder, visual_encoder)
         self.audio_encoder, self.visual_encoder = SyncEncoder(**audio_encoder), SyncEncoder(**visual_encoder)
         if head == 'logistic': self.logit = nn.Parameter(torch.tensor([10., 0.]))
         if sound == 'features': # some of an encoder's features are large and never change; training fills in what is usual
             for name, value in (('usual', 0.), ('deviation', 1.)): self.register_buffer(name, torch.full((audio_encoder['in_channels'], 1, 1), value))
 
-    def _unit(self, embedding): return F.normalize(embedding.relu() if self.config.head == 'cosine' else embedding, dim=1)
+# %% ../nbs/33_syncnet.ipynb #de1e7db6
+@patch
+def _unit(self:SyncNet, embedding): return F.normalize(embedding.relu() if self.config.head == 'cosine' else embedding, dim=1)
 
-    def see(self, stacked): # [B, frames*colours, *size] -> [B,D] of length one
-        "Embed windows of pictures, stacked frame by frame on the channels"
-        return self._unit(self.visual_encoder(stacked))
+@patch
+def see(self:SyncNet,
+        stacked:torch.Tensor # [B, frames*colours, *size], frame by frame on the channels
+       )->torch.Tensor: # [B,D] of length one
+    "Embed windows of pictures"
+    return self._unit(self.visual_encoder(stacked))
 
-    def hear(self, sound): # mel [B,1,80,52], or features [B,D,1,width] -> [B,D] of length one
-        "Embed windows of sound"
-        if self.config.sound == 'features': sound = (sound - self.usual)/self.deviation
-        return self._unit(self.audio_encoder(sound))
+@patch
+def hear(self:SyncNet,
+         sound:torch.Tensor # mel [B,1,80,52], or features [B,D,1,width]
+        )->torch.Tensor: # [B,D] of length one
+    "Embed windows of sound"
+    if self.config.sound == 'features': sound = (sound - self.usual)/self.deviation
+    return self._unit(self.audio_encoder(sound))
 
-    def forward(self, stacked, sound): return self.see(stacked), self.hear(sound)
+@patch
+def forward(self:SyncNet, stacked, sound): return self.see(stacked), self.hear(sound)
 
-    def probability(self, face, sound): # [B,D], [B,D] -> [B] in [0,1]
-        "How likely the pairs belong together"
-        cosine = F.cosine_similarity(face, sound)
-        return cosine.clamp(0, 1) if self.config.head == 'cosine' else torch.sigmoid(self.logit[0]*cosine + self.logit[1])
+@patch
+def probability(self:SyncNet, face:torch.Tensor, sound:torch.Tensor # [B,D] of length one
+               )->torch.Tensor: # [B] in [0,1]
+    "How likely the pairs belong together"
+    cosine = F.cosine_similarity(face, sound)
+    return cosine.clamp(0, 1) if self.config.head == 'cosine' else torch.sigmoid(self.logit[0]*cosine + self.logit[1])
 
-# %% ../nbs/33_syncnet.ipynb #356c304c
 OFFICIAL_SYNCNET = dict( # as `latentsync_syncnet.pt` was trained
     audio_encoder=dict(in_channels=1, block_out_channels=[32, 64, 128, 256, 512, 1024, 2048], downsample_factors=[[2, 1], 2, 2, 1, 2, 2, [2, 3]]),
     visual_encoder=dict(in_channels=48, block_out_channels=[64, 128, 256, 256, 512, 1024, 2048, 2048], downsample_factors=[[1, 2], 2, 2, 2, 2, 2, 2, 2]))
@@ -239,6 +255,7 @@ def _check_fit(path, weights, wanted):
             raise BundleError(f"{path}: '{name}' is {list(weights[name].shape)}, this configuration wants {list(tensor.shape)}.")
     if extra := set(weights) - set(wanted): raise BundleError(f"{path} has '{min(extra)}', which this configuration does not know.")
 
+# %% ../nbs/33_syncnet.ipynb #d999c362
 def load_syncnet(path, # our folder, or an official `.pt` file
                  config:dict=None, # for a `.pt` file; None: the official one
                  device='cpu'
@@ -316,6 +333,7 @@ def embed_frames(model:SyncNet,
     windows = regions.unfold(0, frames, 1).movedim(-1, 1)
     return torch.cat([model.see(stack(model, some)) for some in windows.split(batch)]).cpu()
 
+# %% ../nbs/33_syncnet.ipynb #86133feb
 @torch.no_grad()
 def embed_sound(model:SyncNet,
                 track:np.ndarray, # [N,C] from `listen`

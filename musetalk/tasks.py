@@ -60,6 +60,7 @@ def _located(name, beside):
     places = [path, beside/path, beside.resolve().parent/path, beside.resolve().parent.parent/path]
     return next((place for place in places if place.exists()), path)
 
+# %% ../nbs/65_tasks.ipynb #ee184a66
 def _task(name, given, beside, folder, bundle, defaults):
     "Check one task"
     known = ['video_path', 'audio_path', 'result_name', 'bundle', *(item.name for item in fields(DubSettings))]
@@ -109,6 +110,7 @@ class TaskResult:
         "Whether the task succeeded"
         return self.error is None
 
+# %% ../nbs/65_tasks.ipynb #a8428e84
 def run_tasks(
     config:str|Path, # YAML file
     result_dir:str|Path='results', # Where results go

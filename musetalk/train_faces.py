@@ -30,7 +30,7 @@ from .sync_lessons import sound_track
 from .syncnet import SyncNet, hear_windows, sync_loss
 from .train import Adversary, Trainer, out_of_memory
 from .train_parts import psnr
-from .train_stages import sharpness_ratio
+from .train_stages import detail_ratio
 from .unet import LatentPainter
 from .vae import FaceVAE, mask_lower_half, to_images, to_network
 from .windows import positional_encoding, tokens
@@ -183,7 +183,7 @@ def face_scores(step:FaceStep, model, # the averaged weights are in place
         mouth = partial(mouth_patches, rectangles=batch['rectangles'].flatten(0, 1))
         others = batch | dict(windows=batch['windows'].flatten(0, 1).roll(max(1, len(target)//2), 0).view_as(batch['windows']))
         deaf, own, real = mouth(step.paint(model, others)[0]), mouth(painted), mouth(target)
-        row = dict(val_l1=(painted - target).abs().mean().item(), val_psnr=psnr(painted, target), val_mouth_psnr=psnr(own, real), val_sharpness=sharpness_ratio(own, real).item(),
+        row = dict(val_l1=(painted - target).abs().mean().item(), val_psnr=psnr(painted, target), val_mouth_psnr=psnr(own, real), val_sharpness=detail_ratio(own, real).item(),
                    val_listens=((deaf - real).abs().mean()/(own - real).abs().mean().clamp(min=1e-6)).item())
         if step.losses.sync is not None and batch['spoken'].any(): row['val_sync'] = step.losses.sync(painted, batch | dict(target=target)).item()*len(batch['spoken'])/batch['spoken'].sum().item()
         rows.append(row)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'psnr', 'FacePatches', 'NoisyAutoencoder', 'train_vae', 'frame_landmarks', 'mouth_displacements',
-           'quiet_sounds', 'far_from_speech', 'SpeechLessons', 'listener_scores', 'spread_gain', 'train_mouth',
-           'fit_basis', 'take_basis']
+           'quiet_sounds', 'far_from_speech', 'SpeechLessons', 'listener_scores', 'spread_gain', 'fit_basis',
+           'train_mouth', 'take_basis']
 
 # %% ../nbs/56_train_parts.ipynb #5600a003
 import logging
@@ -32,6 +32,7 @@ def psnr(predicted, target): # images in [-1,1] -> decibels
     error = ((predicted.clamp(-1, 1) - target)**2).flatten(1).mean(1)
     return (10*torch.log10(4/error)).mean().item()
 
+# %% ../nbs/56_train_parts.ipynb #f4932f2b
 class FacePatches:
     "Random patches of random views of random people"
     def __init__(self, clips:FaceClips, size:int=128): self.clips, self.size, self.weights = clips, size, clip_weights(clips.rows, sharp=1.)
@@ -43,6 +44,7 @@ class FacePatches:
         if rng.random() < .5: y = rng.integers(128 - self.size//4, 257 - self.size)
         return dict(image=image[y:y + self.size, x:x + self.size])
 
+# %% ../nbs/56_train_parts.ipynb #09a8772e
 class NoisyAutoencoder(nn.Module):
     "An autoencoder whose latents are shaken while it trains"
     def __init__(self, autoencoder, noise): super().__init__(); self.autoencoder, self.noise = autoencoder, noise
@@ -169,6 +171,7 @@ def listener_scores(adapter, lessons:SpeechLessons)->dict:
         scores |= dict(quiet_open=float(np.abs(still).mean()), quiet_step=float(np.abs(np.diff(still)).mean()))
     return scores
 
+# %% ../nbs/56_train_parts.ipynb #901fa1db
 @torch.no_grad()
 def spread_gain(adapter, lessons:SpeechLessons, most:float=1.6)->torch.Tensor: # [components]
     "What restores the spread of real speech to each coefficient"
@@ -176,6 +179,15 @@ def spread_gain(adapter, lessons:SpeechLessons, most:float=1.6)->torch.Tensor: #
     heard = [adapter.listener(lessons.windows(clip)) for clip in range(0, len(lessons.rows), max(1, len(lessons.rows)//60))]
     real = [torch.from_numpy(lessons.targets[clip]) for clip in range(0, len(lessons.rows), max(1, len(lessons.rows)//60))]
     return (torch.cat(real).std(0)/torch.cat(heard).std(0)).clamp(1, most)
+
+# %% ../nbs/56_train_parts.ipynb #667ef200
+def fit_basis(adapter, rows, shapes):
+    "Put the mouth basis of these clips into an adapter"
+    picks = [s[np.random.default_rng(i).choice(len(s), min(200, len(s)), replace=False)] for i, s in enumerate(shapes)]
+    weights = np.concatenate([np.full(len(p), w/len(p)) for p, w in zip(picks, clip_weights(rows))])
+    basis, deviation, kept = mouth_basis(np.concatenate(picks), weights, adapter.config.components)
+    adapter.basis.copy_(torch.from_numpy(basis)); adapter.deviation.copy_(torch.from_numpy(deviation))
+    logger.info('the mouth basis keeps %.1f %% of the variance', 100*kept)
 
 # %% ../nbs/56_train_parts.ipynb #5600a018
 def train_mouth(data, # folder written by `preprocess`
@@ -206,14 +218,6 @@ def train_mouth(data, # folder written by `preprocess`
         adapter.gain.copy_(spread_gain(adapter, lessons))
         adapter.save_pretrained(Path(output)/'adapter')
     return adapter.eval()
-
-def fit_basis(adapter, rows, shapes):
-    "Put the mouth basis of these clips into an adapter"
-    picks = [s[np.random.default_rng(i).choice(len(s), min(200, len(s)), replace=False)] for i, s in enumerate(shapes)]
-    weights = np.concatenate([np.full(len(p), w/len(p)) for p, w in zip(picks, clip_weights(rows))])
-    basis, deviation, kept = mouth_basis(np.concatenate(picks), weights, adapter.config.components)
-    adapter.basis.copy_(torch.from_numpy(basis)); adapter.deviation.copy_(torch.from_numpy(deviation))
-    logger.info('the mouth basis keeps %.1f %% of the variance', 100*kept)
 
 # %% ../nbs/56_train_parts.ipynb #108ab274
 def take_basis(adapter, folder # of an adapter with the same coefficients and tokens

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'CROP_SCALE', 'CACHED', 'StageModel', 'encode_frames', 'run_starts', 'cache_faces', 'mouth_weight',
-           'inner_mouth', 'CachedLessons', 'CachedStep', 'sharpness_ratio', 'sound_tracks', 'window_sync', 'perceptual',
-           'stage_losses', 'train_stage', 'begin_with']
+           'inner_mouth', 'lesson_starts', 'CachedLessons', 'CachedStep', 'detail_ratio', 'sound_tracks', 'window_sync',
+           'perceptual', 'stage_losses', 'stage_scores', 'train_stage', 'begin_with', 'blend_decoder']
 
 # %% ../nbs/57_train_stages.ipynb #5700a003
 import logging
@@ -140,6 +140,14 @@ def inner_mouth(lips:np.ndarray, # [N,20,2] outer and inner lips, pixels of the 
         cv2.polylines(mask, [np.round(inner*16).astype(np.int32)], True, 255, int(beyond), cv2.LINE_AA, 4)
     return masks
 
+# %% ../nbs/57_train_stages.ipynb #21c79393
+def lesson_starts(frames:np.ndarray, # [n] cached frames of a clip, ascending
+                  length:int # T
+                 )->np.ndarray: # positions in `frames`
+    "Where T cached frames follow each other in the film; none in a clip of one frame, which has no reference"
+    count = len(frames) - length + 1 if len(frames) > 1 else 0
+    return np.array([i for i in range(count) if frames[i + length - 1] - frames[i] == length - 1], int)
+
 # %% ../nbs/57_train_stages.ipynb #af50f94f
 class CachedLessons:
     "Draws lessons of T consecutive frames from cached latents"
@@ -159,20 +167,16 @@ class CachedLessons:
         self.adapter, self.frames, self.noise, self.same, self.shared, self.syncnet, self.tracks = adapter, frames, noise, same, shared_margin, syncnet, tracks
         self.others = {c['pair']: c for c in cached if c['kind'] == 'b'}
         if not shared_margin and not self.others: raise ConfigError('Independent margins need the second view of each pair; cache with pairs=True.')
-        self.clips = [c for c in cached if c['kind'] == 'a' and len(self._starts(c)) and (syncnet is None or c['row']['name'] in tracks)]
+        self.clips = [c for c in cached if c['kind'] == 'a' and len(lesson_starts(c['frames'], frames)) and (syncnet is None or c['row']['name'] in tracks)]
         if not self.clips: raise ConfigError('No clip has enough frames for a lesson; preprocess more footage, or take more frames of each clip.')
         for clip in self.clips:
             points = clip['landmarks']
             clip['allowed'] = reference_candidates(points[:, POSE_POINTS], clip['shape'][:, :20], method, near, other)
-            clip['starts'], clip['coefficients'] = self._starts(clip), adapter.coefficients(clip['shape']).numpy()
+            clip['starts'], clip['coefficients'] = lesson_starts(clip['frames'], frames), adapter.coefficients(clip['shape']).numpy()
         for clip in cached:
             clip['corners'] = window_corner(moved_lips(clip['landmarks'], -clip['shape'], CROP_SCALE))
             clip['open'] = clip['landmarks'][:, 65:68, 1].mean(1) - clip['landmarks'][:, 61:64, 1].mean(1)
         self.weights = clip_weights([dict(c['row'], frames=len(c['frames'])) for c in self.clips], power, sharp)
-
-    def _starts(self, clip): # positions at which T frames follow each other
-        frames = clip['frames']
-        return np.array([i for i in range(len(frames) - self.frames + 1) if len(frames) > 1 and frames[i + self.frames - 1] - frames[i] == self.frames - 1], int)
 
 # %% ../nbs/57_train_stages.ipynb #5700a013
 def _cached_lesson(self, rng):
@@ -222,7 +226,8 @@ class CachedStep:
         total, numbers, judged = self.losses(step, predicted=painted, target=real, **sound)
         return self.latent*latent + total, numbers | dict(latent=latent), judged
 
-def sharpness_ratio(painted, real): # [N,3,h,w] -> scalar
+# %% ../nbs/57_train_stages.ipynb #9ab61e5b
+def detail_ratio(painted, real): # [N,3,h,w] -> scalar
     "Fine detail of the painted window relative to the real one"
     kernel = painted.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
     detail = lambda images: F.conv2d(images.mean(1, keepdim=True), kernel).std()
@@ -263,6 +268,23 @@ def stage_losses(weights:LossWeights, # terms
     learn = lambda model, judged, step: model(judged)
     return losses, [Adversary(judges, learn, rate=4e-4, betas=(.9, .99))] if judges is not None else []
 
+# %% ../nbs/57_train_stages.ipynb #6e056317
+def stage_scores(step:CachedStep, model, # the averaged weights are in place
+                 tests, # `CachedLessons` of other people
+                 distance, sync=None, # functions (painted, real) and (painted, sound) -> scalar
+                 checks:int=6 # batches
+                )->tuple: # val_latent, val_mouth_psnr, val_perceptual, val_sharpness ...; pictures, real above painted
+    "How well mouths of people are painted who are never trained on"
+    rng, scores, rows = np.random.default_rng(1), [], []
+    for _ in range(checks):
+        batch = torch.utils.data.default_collate([tests(rng) for _ in range(max(1, 16//tests.frames))])
+        latents, painted, real, flat = step.paint(model, batch)
+        scores.append([(latents - flat['whole'].float()).abs().mean().item(), psnr(painted, real), distance(painted, real).item(), detail_ratio(painted, real).item()])
+        if sync is not None and 'sound' in batch: scores[-1] += [sync(picture, dict(batch=batch, corner=flat['corner'])).item() for picture in (painted, real)]
+        rows.append(np.concatenate([to_images(real)[0], to_images(painted)[0]]))
+    names = 'val_latent', 'val_mouth_psnr', 'val_perceptual', 'val_sharpness', 'val_sync', 'val_sync_real'
+    return dict(zip(names, np.mean(scores, 0).tolist())), rows
+
 # %% ../nbs/57_train_stages.ipynb #a2ef425e
 def train_stage(output, # folder of the run
                 model:StageModel, # trained
@@ -283,15 +305,9 @@ def train_stage(output, # folder of the run
     model.to(memory_format=torch.channels_last)
     trainer = Trainer(model, output, steps, batch, lessons, step, rate, adversaries=adversaries, **options)
     def validate():
-        rng, scores, rows = np.random.default_rng(1), [], []
-        for _ in range(checks):
-            batch = torch.utils.data.default_collate([tests(rng) for _ in range(max(1, 16//tests.frames))])
-            latents, painted, real, flat = step.paint(model, batch)
-            scores.append([(latents - flat['whole'].float()).abs().mean().item(), psnr(painted, real), distance(painted, real).item(), sharpness_ratio(painted, real).item()])
-            if sync is not None and 'sound' in batch: scores[-1] += [sync(picture, dict(batch=batch, corner=flat['corner'])).item() for picture in (painted, real)]
-            rows.append(np.concatenate([to_images(real)[0], to_images(painted)[0]]))
+        scores, rows = stage_scores(step, model, tests, distance, sync, checks)
         trainer.picture('mouths', contact_sheet(rows, height=256))
-        return dict(zip(('val_latent', 'val_mouth_psnr', 'val_perceptual', 'val_sharpness', 'val_sync', 'val_sync_real'), np.mean(scores, 0).tolist()))
+        return scores
     trainer.run(validate, validate_every, log_every, stop_at, show_progress)
     return trainer
 
@@ -305,3 +321,13 @@ def begin_with(model:StageModel, run # folder of an earlier stage
         if value is None and name.startswith('decoder.'): continue # the earlier stage left the decoder alone
         if value is None or value.shape != parameter.shape: raise BundleError(f"{run} trained another model: it has no '{name}' of shape {list(parameter.shape)}; choose the stage that belongs to this one.")
         with torch.no_grad(): parameter.copy_(value)
+
+# %% ../nbs/57_train_stages.ipynb #fd851395
+@torch.no_grad()
+def blend_decoder(decoder:nn.Module, # what the second stage made of it; changed in place
+                  first:dict, # its `state_dict` before
+                  share:float # 0: as before, 1: as it is now
+                 ):
+    "Put a decoder on the straight line between what it was and what it is. Raises `ConfigError` for a share outside [0,1]"
+    if not 0 <= share <= 1: raise ConfigError(f'decoder_share is {share}; give a number from 0 (the first decoder) to 1 (that of the second stage).')
+    for name, now in decoder.state_dict().items(): now.copy_(first[name] + share*(now - first[name]))

@@ -1,5 +1,9 @@
 "Footage as people really have it: silent, faceless, too short, of varying rate, broken, or none at all"
+import subprocess
+import sys
+import time
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -8,6 +12,9 @@ import pytest
 from musetalk.cli import main
 from musetalk.core import read_json
 from musetalk.dataset import FaceClips
+from musetalk.preprocess import preprocess
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def film(path, pictures, times=None):
@@ -73,3 +80,22 @@ def test_training_without_footage(tmp_path, capsys, kind):
     (tmp_path/'config.yaml').write_text('exp_name: x\n')
     status, complaint = run('train', kind, '--config', tmp_path/'config.yaml', '--data', tmp_path, capsys=capsys)
     assert status == 2 and 'clips.json' in complaint and 'musetalk preprocess' in complaint and complaint.count('\n') == 1
+
+
+def contents(folder): return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file() and not path.name.startswith('.')}
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_files(portrait, tmp_path):
+    "Signal 9 after the first video; the second run begins with the second video"
+    picture = np.ascontiguousarray(np.kron(portrait, np.ones((2, 2, 1), np.uint8)))
+    (tmp_path/'raw').mkdir()
+    for name, count in (('anna', 25), ('bob', 60)): film(tmp_path/'raw'/f'{name}.mp4', [picture]*count)
+    program = f"from musetalk.preprocess import preprocess; preprocess(r'{tmp_path/'raw'}', r'{tmp_path/'cut'}', None, workers=1, show_progress=False)"
+    running = subprocess.Popen([sys.executable, '-c', program], cwd=ROOT)
+    deadline = time.monotonic() + 300
+    while not (tmp_path/'cut/done/anna.json').exists() and running.poll() is None and time.monotonic() < deadline: time.sleep(.005)
+    running.kill()
+    running.wait()
+    assert not (tmp_path/'cut/clips.json').exists(), 'it was too quick to be killed'
+    for out in ('cut', 'whole'): preprocess(tmp_path/'raw', tmp_path/out, None, workers=1, show_progress=False)
+    assert contents(tmp_path/'cut') == contents(tmp_path/'whole')

@@ -1,6 +1,7 @@
 "The two-stage training of whole faces, in miniature: it learns, goes on exactly, runs in two processes, and says what is wrong"
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from musetalk.core import BundleError, ConfigError, MediaError, read_json
 from musetalk.dataset import FaceClips, FaceLessons, talking_film
 from musetalk.objective import Losses, LossWeights
 from musetalk.recipes import complete, read_config, train, train_face_stage
-from musetalk.syncnet import load_syncnet
+from musetalk.syncnet import SyncNet, load_syncnet
 from musetalk.train import Trainer
 from musetalk.train_faces import FaceModel, FaceStep, StageLessons, SyncTerm
 from musetalk.train_parts import train_vae
@@ -40,13 +41,42 @@ def autoencoder(film, tmp_path_factory):
     return output/'vae'
 
 
+@pytest.fixture(scope='module')
+def lip_reader(tmp_path_factory):
+    "A SyncNet of three frames with random weights: what it asks for is nonsense, but it asks"
+    torch.manual_seed(0)
+    encoders = dict(audio_encoder=dict(in_channels=384, block_out_channels=[32, 64], downsample_factors=[[1, 2], [1, 5]]),
+                    visual_encoder=dict(in_channels=3, block_out_channels=[32, 64], downsample_factors=[4, 4]))
+    reader = SyncNet(**encoders, frames=3, region=(152, 232, 88, 168), size=(16, 16), colours=1, sound='features', sound_size=(1, 10), context=1, head='logistic')
+    reader.save_pretrained(folder := tmp_path_factory.mktemp('lip_reader'))
+    return folder
+
+
+def settings(kind, autoencoder, lip_reader, output_dir, **keys):
+    "The tiny configuration of a stage, with parts that are smaller still"
+    whole = read_config(ROOT/'configs'/'training'/f'tiny_{kind}.yaml') | dict(vae=str(autoencoder), output_dir=str(output_dir))
+    if kind == 'stage2': whole |= dict(syncnet=str(lip_reader), data=whole['data'] | dict(n_sample_frames=3))
+    return whole | keys
+
+
+@pytest.fixture(scope='module')
+def begun(film, autoencoder, lip_reader, tmp_path_factory):
+    "A first stage that has learned: its folder and its errors"
+    config = settings('stage1', autoencoder, lip_reader, tmp_path_factory.mktemp('runs'))
+    config['solver'] = config['solver'] | dict(max_train_steps=24)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        return run('stage1', complete('stage1', config), film, log_every=4)
+
+
 @pytest.fixture
-def config(tmp_path, autoencoder, monkeypatch):
-    "Makes the tiny configuration of a stage"
+def config(tmp_path, autoencoder, lip_reader, begun, monkeypatch):
+    "Makes the tiny configuration of a stage; the second stage finds the first beside it"
     monkeypatch.chdir(ROOT)
+    shutil.copytree(begun, tmp_path/'runs'/'stage1')
 
     def make(kind, name=None, steps=None, **keys):
-        whole = read_config(ROOT/'configs'/'training'/f'tiny_{kind}.yaml') | dict(vae=str(autoencoder), output_dir=str(tmp_path/'runs')) | keys
+        whole = settings(kind, autoencoder, lip_reader, tmp_path/'runs', **keys)
         if name: whole['exp_name'] = name
         if steps: whole['solver'] = whole['solver'] | dict(max_train_steps=steps)
         return complete(kind, whole)
@@ -67,33 +97,31 @@ def state(output):
     return load_file(output/'checkpoint.safetensors')
 
 
-def test_stages_learn(film, config):
+def test_stages_learn(film, config, begun):
     "Both stages' errors fall clearly on a few clips; the bundle records what it was trained with"
-    first = run('stage1', config('stage1', steps=40), film, log_every=4)
-    fall = losses(first, 'l1')
-    assert np.mean(fall[-3:]) < .6*fall[0]
-    scratch = complete('stage2', read_config(ROOT/'configs'/'training'/'tiny_stage2.yaml') | dict(vae=config('stage2')['vae'], output_dir=str(first.parent), random_init_unet=True, start=str(run('stage1', config('stage1', 'begun', 1), film))))
-    scratch['solver'] |= dict(max_train_steps=16, learning_rate=4e-3)
-    second = run('stage2', scratch, film, log_every=2)
+    fall = losses(begun, 'l1')
+    assert np.mean(fall[-2:]) < .75*fall[0]
+    fresh = config('stage2', random_init_unet=True, start=str(run('stage1', config('stage1', 'fresh', 1), film)))
+    fresh['solver'] |= dict(max_train_steps=14, learning_rate=4e-3)
+    second = run('stage2', fresh, film, log_every=2)
     fall = losses(second, 'l1')
-    assert np.mean(fall[-3:]) < .8*fall[0] and {'sync', 'adversarial', 'mouth_adversarial'} <= set(json.loads(open(second/'log.jsonl').readlines()[-2]))
+    assert np.mean(fall[-2:]) < .8*fall[0] and {'sync', 'adversarial', 'mouth_adversarial'} <= set(json.loads(open(second/'log.jsonl').readlines()[-2]))
     made = load_bundle(second/'bundle', 'cpu', 'float32')
     assert (made.painter.config.layout, made.positional_encoding, made.left, made.right, made.crop_rule.name) == ('full', True, 2, 2, 'rigid')
 
 
-def test_second_stage_begins_with_the_first(film, config):
+def test_second_stage_begins_with_the_first(film, config, begun):
     "By itself: with the averaged weights of the run beside it"
-    begun = state(run('stage1', config('stage1', steps=2), film))
+    first = state(begun)
     still = config('stage2', solver=dict(max_train_steps=1, learning_rate=0., gradient_accumulation_steps=1))
     weights = state(run('stage2', still, film))
-    for name in begun:
-        if name.startswith('model/average.'): assert torch.equal(weights[name.replace('average.', 'model.')], begun[name])
+    for name in first:
+        if name.startswith('model/average.'): assert torch.equal(weights[name.replace('average.', 'model.')], first[name])
 
 
 @pytest.mark.parametrize('kind', ['stage1', 'stage2'])
 def test_resumes_exactly(kind, film, config):
     "A run that was cut has the same weights, judges, moments and losses in the end"
-    if kind == 'stage2': run('stage1', config('stage1', steps=1), film)
     whole = run(kind, config(kind, 'whole', 3), film)
     run(kind, config(kind, 'cut', 3), film, stop_at=2)
     cut = run(kind, config(kind, 'cut', 3), film)
@@ -106,27 +134,24 @@ PROGRAM = """
 import sys, json
 from pathlib import Path
 import torch
-from musetalk.recipes import complete, read_config, train_face_stage
+from musetalk.recipes import train_face_stage
 torch.set_num_threads(1)
-film, vae, out, kind, batch = sys.argv[1:]
-config = read_config(f'configs/training/tiny_{kind}.yaml') | dict(vae=vae, output_dir=out, exp_name='p' + batch, start=out + '/stage1' if kind == 'stage2' else None)
-config['data'] = config['data'] | dict(train_bs=int(batch)); config['solver'] = config['solver'] | dict(max_train_steps=2, learning_rate=1e-4)
-train_face_stage(kind, complete(kind, config), film, Path(out)/config['exp_name'], show_progress=False)
+config, film, output = sys.argv[1:]
+train_face_stage('stage2', json.loads(config), film, Path(output), show_progress=False)
 """
 
 
-@pytest.mark.parametrize('kind', ['stage1', 'stage2'])
-def test_two_processes_are_one_with_twice_the_batch(kind, film, config, autoencoder, tmp_path):
+def test_two_processes_are_one_with_twice_the_batch(film, config, tmp_path):
     "Gradients: Adam's first moments after two steps agree to float precision, judges' too"
-    if kind == 'stage2': run('stage1', config('stage1', steps=1), film)
+    def of_batch(batch): return config('stage2', f'batch{batch}', data=config('stage2')['data'] | dict(train_bs=batch), solver=config('stage2')['solver'] | dict(max_train_steps=2, learning_rate=1e-4))
+    one = state(run('stage2', of_batch(2), film))
     (tmp_path/'program.py').write_text(PROGRAM)
-    for processes, batch in ((1, 2), (2, 1)):
-        command = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes), tmp_path/'program.py', film, autoencoder, tmp_path/'runs', kind, str(batch)]
-        done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT)))
-        assert done.returncode == 0, done.stderr[-2000:]
-    one, two = state(tmp_path/'runs'/'p2'), state(tmp_path/'runs'/'p1')
+    command = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', tmp_path/'program.py', json.dumps(of_batch(1)), film, tmp_path/'runs'/'batch1']
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT)))
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = state(tmp_path/'runs'/'batch1')
     moments = [name for name in one if '/exp_avg.' in name]
-    assert len(moments) > 50
+    assert len(moments) > 50 and any('discriminator/' in name for name in moments)
     for name in moments: assert (one[name] - two[name]).abs().max() <= 1e-6 + 1e-3*one[name].abs().max(), name
 
 
@@ -149,18 +174,17 @@ def test_sync_loss_pulls(film, autoencoder):
 
 
 def test_full_disk_leaves_the_old_checkpoint(film, config):
-    output = run('stage1', config('stage1', steps=4), film, stop_at=1)
+    output = run('stage1', config('stage1', 'full', 2), film, stop_at=1)
     before = (output/'checkpoint.safetensors').read_bytes()
 
     def full(*args, **kwargs): raise OSError(28, 'No space left on device')
-    with patch.dict(Trainer.save.__globals__, save_file=full), pytest.raises(MediaError, match='disk is full'): run('stage1', config('stage1', steps=4), film)
+    with patch.dict(Trainer.save.__globals__, save_file=full), pytest.raises(MediaError, match='disk is full'): run('stage1', config('stage1', 'full', 2), film)
     assert (output/'checkpoint.safetensors').read_bytes() == before and not list(output.glob('.partial*'))
-    run('stage1', config('stage1', steps=4), film)
+    run('stage1', config('stage1', 'full', 2), film)
 
 
 def test_refusals(film, config, tmp_path):
     "One sentence each, before any step"
-    run('stage1', config('stage1', steps=1), film)
     wider = config('stage1')['unet'] | dict(block_out_channels=[16, 24])
     with pytest.raises(BundleError, match='is of another model'): run('stage1', config('stage1', unet=wider), film)
     with pytest.raises(BundleError, match='is of another model'): run('stage2', config('stage2', unet=wider), film)
@@ -168,7 +192,7 @@ def test_refusals(film, config, tmp_path):
     (tmp_path/'list.txt').write_text('portrait.json\ngone.json\n')
     with pytest.raises(ConfigError, match='holds no clip gone'): run('stage1', config('stage1', 'x', data=dict(train_list=str(tmp_path/'list.txt'), contorl_face_min_size=False, num_workers=0)), film)
     with pytest.raises(ConfigError, match="Unknown key 'solver.max_steps'"): complete('stage1', dict(solver=dict(max_steps=3)))
-    with pytest.raises(ConfigError, match='n_sample_frames to 10'): run('stage2', config('stage2', 'x', data=dict(n_sample_frames=4, contorl_face_min_size=False, num_workers=0)), film)
+    with pytest.raises(ConfigError, match='n_sample_frames to 3'): run('stage2', config('stage2', 'x', data=dict(n_sample_frames=2, contorl_face_min_size=False, num_workers=0)), film)
 
 
 @pytest.mark.parametrize('error', [torch.OutOfMemoryError('CUDA out of memory'), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
