@@ -90,11 +90,11 @@ class Browser:
         "Addresses that left this machine"
         return [url for url in self.requests if urlsplit(url).scheme not in ('data', 'blob', 'about', 'file', 'chrome') and urlsplit(url).hostname not in ('127.0.0.1', 'localhost', '::1')]
 
-    def open(self, url, until='true'):
+    def open(self, url, until='true', seconds=PATIENCE):
         "Go to an address and wait until the page is there, and a condition is true"
         failed = self.do('Page.navigate', url=str(url)).get('errorText')
         assert not failed, (url, failed)
-        self.wait(f"document.readyState === 'complete' && location.href !== 'about:blank' && ({until})")
+        self.wait(f"document.readyState === 'complete' && location.href !== 'about:blank' && ({until})", seconds)
 
     def run(self, code):
         "The value of an expression in JavaScript; promises are awaited"
