@@ -21,7 +21,7 @@ FULL_WHISPER = dict(d_model=384, encoder_layers=4, encoder_attention_heads=6, en
 
 
 GOLDEN = Path(__file__).resolve().parent/'golden'
-SEEN = {} # (file, test): deviation and tolerance
+SEEN = {} # (file, test, tolerance, relative): how far off
 
 
 def golden(name):
@@ -36,16 +36,17 @@ def agree(name, ours, theirs, tolerance=1e-4, relative=True):
     assert ours.shape == theirs.shape, f'{name}: {ours.shape}, not {theirs.shape}'
     scale = float(np.abs(theirs).max()) if relative and tolerance else 1.
     deviation = float(np.abs(ours.astype(np.float64) - theirs).max())/scale
-    key = name, os.environ.get('PYTEST_CURRENT_TEST', '').split(' ')[0].split('[')[0]
-    before = SEEN.get(key, dict(deviation=0., compared=0))
-    SEEN[key] = dict(tolerance=tolerance, relative=relative, deviation=max(deviation, before['deviation']), compared=before['compared'] + ours.size)
+    key = name, os.environ.get('PYTEST_CURRENT_TEST', '').split(' ')[0].split('[')[0], float(tolerance), relative and tolerance > 0
+    before, unequal = SEEN.get(key, dict(deviation=0., compared=0, unequal=0)), int((ours != theirs).sum())
+    SEEN[key] = dict(deviation=max(deviation, before['deviation']), compared=before['compared'] + ours.size, unequal=before['unequal'] + unequal)
     assert deviation <= tolerance, f'{name}: off by {deviation:.3g}, {tolerance:.3g} is allowed'
 
 
 def _keep_record():
     path = Path(os.environ['PARITY_RECORD'])
-    rows = {(row['file'], row['test']): row for row in json.loads(path.read_text())} if path.exists() else {}
-    rows |= {key: dict(file=key[0], test=key[1]) | seen for key, seen in SEEN.items()}
+    named = ('file', 'test', 'tolerance', 'relative')
+    rows = {tuple(row[name] for name in named): row for row in json.loads(path.read_text())} if path.exists() else {}
+    rows |= {key: dict(zip(named, key)) | seen for key, seen in SEEN.items()}
     path.write_text('[\n ' + ',\n '.join(json.dumps(rows[key]) for key in sorted(rows)) + '\n]\n')
 
 

@@ -2,9 +2,11 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from official import FULL_VAE, FULL_WHISPER, Hub, agree, manifest, recipe, recipe_input, write_official
 
 from musetalk import models
@@ -19,10 +22,13 @@ from musetalk.bench import peak_megabytes
 from musetalk.core import BundleError, MediaError, read_json, save_image, sha256_file, write_json
 from musetalk.crop import crop_face
 from musetalk.dub import dub
+from musetalk.losses import load_vgg19
 from musetalk.media import VideoSource
 from musetalk.models import FILES, chosen_files, download, file_state, list_models, models_folder
 from musetalk.official import OFFICIAL_UNET, find_official, is_official, load_official, load_official_vae, load_unet, read_weights
+from musetalk.parsing import load_parser
 from musetalk.sound import write_audio
+from musetalk.syncnet import load_syncnet
 from musetalk.windows import positional_encoding
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,10 +75,8 @@ def test_goes_on_where_the_line_broke(shelf, files, hub, tmp_path):
 def test_killed_process_is_continued(shelf, files, hub, tmp_path):
     "A real process, killed in the middle of a file, leaves no file under its final name, and the next run asks for the rest only"
     slow = f'''
-import dataclasses, json, sys
-from pathlib import Path
+import json, sys
 from musetalk import models
-from musetalk.windows import positional_encoding
 closing = models._closing
 def slowly(source, pieces):
     import time
@@ -105,7 +109,10 @@ def test_status_is_told(files, hub, tmp_path, status):
 
 def test_no_network(files, tmp_path, monkeypatch):
     monkeypatch.setattr(models, 'PAUSE', 0.)
-    with pytest.raises(BundleError, match='no connection to 127.0.0.1:9; no connection'): download('v1.5', folder=tmp_path, mirror='http://127.0.0.1:9', files=files, shown=False)
+    with pytest.raises(BundleError, match='no connection to 127.0.0.1:9; no connection.*check the network, give --mirror URL, or put the file there by hand'):
+        download('v1.5', folder=tmp_path, mirror='http://127.0.0.1:9', files=files, shown=False)
+    with pytest.raises(BundleError, match='no connection to nowhere.invalid'): download('v1.5', folder=tmp_path, mirror='http://nowhere.invalid', files=files[:1], shown=False)
+    assert not [path for path in tmp_path.rglob('*') if path.is_file() and path.name != '.download.lock']
 
 
 def test_wrong_hash_is_named_and_thrown_away(shelf, files, hub, tmp_path):
@@ -137,14 +144,56 @@ def test_full_disk_before_and_during(files, hub, tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(models, '_closing', lambda source, pieces: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
     with pytest.raises(MediaError, match='the disk is full'): download('v1.5', folder=tmp_path, mirror=hub.address, files=files, shown=False)
+    assert not [path for path in tmp_path.rglob('*.*') if path.suffix in ('.pth', '.bin', '.json')]
+    monkeypatch.undo()
+    assert {state.state for state in download('v1.5', folder=tmp_path, mirror=hub.address, files=files, shown=False)} == {'whole'}
 
 
-@pytest.mark.skipif(os.name == 'nt' or getattr(os, 'geteuid', lambda: 1)() == 0, reason='the superuser may write everywhere')
-def test_read_only_folder(files, hub, tmp_path):
-    tmp_path.chmod(0o500)
-    try:
-        with pytest.raises(MediaError, match='not writable'): download('v1.5', folder=tmp_path/'models', mirror=hub.address, files=files, shown=False)
-    finally: tmp_path.chmod(0o700)
+READ_ONLY = """
+import os, sys
+from musetalk.core import MuseTalkError
+from musetalk.models import download
+if os.geteuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)
+try: download('v1.5', folder=sys.argv[1], mirror=sys.argv[2], shown=False)
+except MuseTalkError as error: print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='Windows has other rights')
+def test_read_only_folder(hub):
+    "By somebody without the right to write, also where the tests are run by the superuser"
+    folder = Path(tempfile.mkdtemp())
+    (folder/'models').mkdir()
+    for place in (folder/'models', folder): place.chmod(0o555)
+    try: said = subprocess.run([sys.executable, '-c', READ_ONLY, folder/'models', hub.address], cwd=ROOT, capture_output=True, text=True)
+    finally:
+        for place in (folder, folder/'models'): place.chmod(0o700)
+        shutil.rmtree(folder)
+    assert re.match('MediaError .*models.* not writable', said.stdout), said
+    assert not hub.log
+
+
+def test_two_downloads_at_once(files, hub, tmp_path):
+    with FileLock(tmp_path/'.download.lock'), pytest.raises(BundleError, match='Another download into .* is running'): download('v1.5', folder=tmp_path, mirror=hub.address, files=files, shown=False)
+
+
+def test_rest_of_something_else(shelf, files, hub, tmp_path):
+    "A partial file that never was the beginning of this one is found out by its hash, and the next try begins anew"
+    (tmp_path/'musetalkV15').mkdir()
+    (tmp_path/'musetalkV15/.unet.pth.partial').write_bytes(b'something else')
+    with pytest.raises(BundleError, match='SHA-256 .*try again'): download('v1.5', folder=tmp_path, mirror=hub.address, files=files, shown=False)
+    assert {state.state for state in download('v1.5', folder=tmp_path, mirror=hub.address, files=files, shown=False)} == {'whole'}
+    assert (tmp_path/'musetalkV15/unet.pth').read_bytes() == (shelf/'musetalkV15/unet.pth').read_bytes()
+
+
+def test_names_that_every_system_takes():
+    "No reserved character or word, nothing that differs by case only, nothing that leaves the folder"
+    paths = [name for file in FILES for name in (file.path, str(models._partial(Path(file.path)).as_posix()))] + [models.RECORD]
+    assert len({path.lower() for path in paths}) == len(paths)
+    for part in {part for path in paths for part in path.split('/')}:
+        assert re.fullmatch(r'[A-Za-z0-9._-]+', part) and not part.endswith('.') and set(part) != {'.'}
+        assert part.split('.')[0].upper() not in {'CON', 'PRN', 'AUX', 'NUL', *(f'{port}{n}' for port in ('COM', 'LPT') for n in range(10))}
+    assert max(map(len, paths)) < 100
 
 
 def test_folder_that_is_a_file(files, hub, tmp_path):
@@ -282,6 +331,19 @@ def test_pickle_bombs_do_not_go_off(shelf, tmp_path, monkeypatch, name, bare):
     else: torch.save({'conv_in.weight': Bomb(tmp_path/'boom')}, tmp_path/'models'/name)
     with pytest.raises(BundleError, match=Path(name).name): load_official('v1.5', 'cpu', 'fp32')
     assert not (tmp_path/'boom').exists()
+
+
+@pytest.mark.parametrize('name,load', [('face-parse-bisent/79999_iter.pth', load_parser), ('syncnet/latentsync_syncnet.pt', load_syncnet), ('vgg19/vgg19-dcbb9e9d.pth', load_vgg19)])
+@pytest.mark.parametrize('bare', [False, True])
+@pytest.mark.filterwarnings('ignore:Detected pickle protocol')
+def test_nor_in_other_weights(tmp_path, name, load, bare):
+    (tmp_path/name).parent.mkdir()
+    if bare: (tmp_path/name).write_bytes(pickle.dumps(Bomb(tmp_path/'boom')))
+    else: torch.save({'conv1.weight': Bomb(tmp_path/'boom')}, tmp_path/name)
+    with pytest.raises(BundleError, match=Path(name).name): load(tmp_path/name if load is not load_vgg19 else (tmp_path/name).parent)
+    assert not (tmp_path/'boom').exists()
+    pickle.loads(pickle.dumps(Bomb(tmp_path/'boom'))) # it would have gone off
+    assert (tmp_path/'boom').exists()
 
 
 @pytest.mark.parametrize('change,sentence', [
