@@ -70,17 +70,19 @@ class WhisperEncoder(AudioEncoder):
         if not self.layers or not all(0 <= layer <= count for layer in self.layers):
             raise ConfigError(f'layers={self.layers}: choose hidden states from 0 to {count}.')
 
-    @torch.no_grad()
-    def block(self,
-        samples:np.ndarray, # [block_samples], zeros where there is no sound
-    ) -> torch.Tensor: # [hop * 50, layers, dim] float32 on the CPU
-        "Features of one block"
-        if len(samples) != self.block_samples: raise ConfigError(f'A block has {self.block_samples} samples, not {len(samples)}.')
-        if self.loudness: samples = normalized(samples, self.loudness)
-        weight, first = self.network.conv1.weight, int(self.left * FEATURE_RATE)
-        mel = log_mel(samples).to(weight.device, weight.dtype)[None]
-        states = self.states(mel, first, first + int(self.hop * FEATURE_RATE))
-        return torch.stack([states[layer] for layer in self.layers], 1).float().cpu()
+# %% ../nbs/20_audio.ipynb #089a4b76
+@patch
+@torch.no_grad()
+def block(self:WhisperEncoder,
+    samples:np.ndarray, # [block_samples], zeros where there is no sound
+) -> torch.Tensor: # [hop * 50, layers, dim] float32 on the CPU
+    "Features of one block"
+    if len(samples) != self.block_samples: raise ConfigError(f'A block has {self.block_samples} samples, not {len(samples)}.')
+    if self.loudness: samples = normalized(samples, self.loudness)
+    weight, first = self.network.conv1.weight, int(self.left * FEATURE_RATE)
+    mel = log_mel(samples).to(weight.device, weight.dtype)[None]
+    states = self.states(mel, first, first + int(self.hop * FEATURE_RATE))
+    return torch.stack([states[layer] for layer in self.layers], 1).float().cpu()
 
 # %% ../nbs/20_audio.ipynb #cd4d1679
 @patch

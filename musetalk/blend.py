@@ -56,6 +56,7 @@ def still_rows(
     depth = (np.arange(len(mask)) - rows[0])/max(1, rows[-1] - rows[0])
     return np.float32(1 - .7*((depth - .4)/.4).clip(0, 1))[:, None]
 
+# %% ../nbs/14_blend.ipynb #33bcd719
 def color_field(
     generated:np.ndarray, # [n,m,3] uint8, of any size
     original:np.ndarray, # [h,w,3] uint8, same place in the source
@@ -96,6 +97,7 @@ def add_field(
     "A picture plus a smooth field"
     return cv2.add(picture, np.ascontiguousarray(cv2.resize(field, size[::-1], interpolation=cv2.INTER_LINEAR)[part]), dtype=cv2.CV_8U)
 
+# %% ../nbs/14_blend.ipynb #d8598a71
 def match_color(
     generated:np.ndarray, # [h,w,3] RGB uint8
     original:np.ndarray, # [h,w,3] RGB uint8, same place in the source
@@ -194,6 +196,25 @@ def _bounds(mask, margin): # rows and columns where the mask is not zero, and so
 def _mix(source, picture, mask): # rounds back to the very source where the mask is 0
     return cv2.blendLinear(np.ascontiguousarray(picture), np.ascontiguousarray(source), mask, 1 - mask)
 
+# %% ../nbs/14_blend.ipynb #7cec53ee
+def _refined(picture, below, alpha, sigma, field, size, part, sharpen): # the cast taken out, the missing detail put back
+    if field is not None: picture = add_field(picture, field, size, part)
+    return sharpened(picture, min(sharpen, missing_detail(picture, below, alpha, sigma)), sigma) if sharpen > 0 else picture
+
+def _check_composite(frame, generated, box, mask):
+    _check_picture(frame, 'The frame')
+    _check_picture(generated, 'The generated crop')
+    x1, y1, x2, y2 = box = tuple(int(value) for value in box)
+    if x2 <= x1 or y2 <= y1: raise ValueError(f'The box {box} is empty; it is (x1, y1, x2, y2), half-open.')
+    _check_mask(mask, (y2 - y1, x2 - x1))
+    return box
+
+def _buffer(frame, out): # what the result is written to, holding the frame
+    if out is None: return frame.copy()
+    if out.shape != frame.shape or out.dtype != frame.dtype: raise ValueError(f'out is {out.dtype} {out.shape}; it must be like the frame, {frame.shape}.')
+    if out is not frame: out[:] = frame
+    return out
+
 # %% ../nbs/14_blend.ipynb #a00d635c
 def composite(
     frame:np.ndarray, # [H,W,3] RGB uint8
@@ -208,15 +229,8 @@ def composite(
     out:np.ndarray|None=None, # Written to if given; may be `frame`
 ) -> np.ndarray: # [H,W,3] uint8: `out`, or a new array
     "Put the generated crop into its frame where the mask is not zero. Raises `ValueError`, `TypeError` for bad arrays"
-    _check_picture(frame, 'The frame')
-    _check_picture(generated, 'The generated crop')
-    x1, y1, x2, y2 = box = tuple(int(value) for value in box)
-    if x2 <= x1 or y2 <= y1: raise ValueError(f'The box {box} is empty; it is (x1, y1, x2, y2), half-open.')
-    _check_mask(mask, (y2 - y1, x2 - x1))
-    if out is None: out = frame.copy()
-    elif out.shape != frame.shape or out.dtype != frame.dtype: raise ValueError(f'out is {out.dtype} {out.shape}; it must be like the frame, {frame.shape}.')
-    elif out is not frame: out[:] = frame
-    visible = _visible(box, frame.shape)
+    x1, y1, x2, y2 = _check_composite(frame, generated, box, mask)
+    out, visible = _buffer(frame, out), _visible((x1, y1, x2, y2), frame.shape)
     if visible is None or not mask.any(): return out
     outer, inner = visible
     source, mask, sigma = frame[outer], mask[inner], detail_scale(x2 - x1)
@@ -224,11 +238,11 @@ def composite(
     part = _bounds(mask, int(np.ceil(4*sigma)))
     stretched = _stretch(generated, x2 - x1, y2 - y1)[inner]
     picture, below, alpha = np.ascontiguousarray(stretched[part]), source[part], _as_float(np.ascontiguousarray(mask[part]))
-    if match and plan is None:
+    if plan is None:
         seen = generated if stretched.shape[:2] == (y2 - y1, x2 - x1) else stretched
-        picture = add_field(picture, color_field(seen, source, _as_float(mask)), source.shape[:2], part)
-    if sharpen > 0 and plan is None: picture = sharpened(picture, min(sharpen, missing_detail(picture, below, alpha, sigma)), sigma)
-    if plan is not None: picture = moved_source(picture, np.ascontiguousarray(below), _stretched_plan(plan, x2 - x1, y2 - y1, inner, part, below.shape[:2]))
+        field = color_field(seen, source, _as_float(mask)) if match else None
+        picture = _refined(picture, below, alpha, sigma, field, source.shape[:2], part, sharpen)
+    else: picture = moved_source(picture, np.ascontiguousarray(below), _stretched_plan(plan, x2 - x1, y2 - y1, inner, part, below.shape[:2]))
     if grain > 0: picture = add_grain(picture, below, alpha, grain, seed)
     out[outer][part] = _mix(below, picture, alpha)
     return out

@@ -96,26 +96,31 @@ class FaceBackend:
         "Landmarks `[68,2]` float32 of the face in the box"
         return self.locate(image, bbox, roll)[0]
 
-    def detect_near(self, image, bbox, roll=0.):
-        "Faces around a known place, as `detect` gives them"
-        patch_, matrix = _cut_out(image, _square(bbox, roll), self.near_side, .8)
-        scale, found = np.hypot(*matrix[:, 0]), []
-        for near, score in self.detect(patch_, **self.near_options):
-            x, y, side, _ = _square(near)
-            found.append((_bbox((*_to_frame([x, y], matrix), side/scale)), score))
-        return found
+# %% ../nbs/11_face.ipynb #663ae785
+@patch
+def detect_near(self:FaceBackend, image, bbox, roll=0.):
+    "Faces around a known place, as `detect` gives them"
+    patch_, matrix = _cut_out(image, _square(bbox, roll), self.near_side, .8)
+    scale, found = np.hypot(*matrix[:, 0]), []
+    for near, score in self.detect(patch_, **self.near_options):
+        x, y, side, _ = _square(near)
+        found.append((_bbox((*_to_frame([x, y], matrix), side/scale)), score))
+    return found
 
-    def detect_last_resort(self, image):
-        "A slower detector for pictures in which `detect` finds nothing"
-        return []
+@patch
+def detect_last_resort(self:FaceBackend, image):
+    "A slower detector for pictures in which `detect` finds nothing"
+    return []
 
-    def chip(self, image, landmarks):
-        "A small picture of the face, enough for `identity`; None if the backend cannot tell people apart"
-        return None
+@patch
+def chip(self:FaceBackend, image, landmarks):
+    "A small picture of the face, enough for `identity`; None if the backend cannot tell people apart"
+    return None
 
-    def identity(self, chip):
-        "A vector; two of one person are closer than `same_person`"
-        raise NotImplementedError
+@patch
+def identity(self:FaceBackend, chip):
+    "A vector; two of one person are closer than `same_person`"
+    raise NotImplementedError
 
 # %% ../nbs/11_face.ipynb #61c48f8a
 @cache

@@ -181,6 +181,7 @@ def _scan(self:VideoSource):
     self._count = max(1, self._slot(sum(last) - begin))
     self._uneven = sorted(slots) != list(range(self._count))
 
+# %% ../nbs/10_media.ipynb #829b5c5c
 @patch(as_prop=True)
 def frame_count(self:VideoSource) -> int:
     "How many frames there are (a video's packets are counted on first use)"

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from fastcore.basics import patch
 from torch import nn
 
 from .crop import MIRROR, face_scale, landmarks_in_crop, rigid_transform
@@ -104,29 +105,36 @@ class MouthAdapter(ModelMixin, ConfigMixin):
         self.register_buffer('deviation', torch.ones(components))
         self.register_buffer('gain', torch.ones(components))
 
-    def coefficients(self, displacements): # [N,23,2] from rest -> [N,components], of size one
-        "Mouth coefficients of landmark displacements"
-        flat = torch.as_tensor(displacements, dtype=torch.float32).flatten(1)
-        return flat @ self.basis.T/self.deviation
+# %% ../nbs/21_mouth.ipynb #e6730f92
+@patch
+def coefficients(self:MouthAdapter, displacements): # [N,23,2] from rest -> [N,components], of size one
+    "Mouth coefficients of landmark displacements"
+    flat = torch.as_tensor(displacements, dtype=torch.float32).flatten(1)
+    return flat @ self.basis.T/self.deviation
 
-    def displacements(self, coefficients): # [N,components] -> [N,23,2] mean-face units
-        "Landmark displacements of mouth coefficients"
-        return ((coefficients*self.deviation) @ self.basis).unflatten(1, (-1, 2))
+@patch
+def displacements(self:MouthAdapter, coefficients): # [N,components] -> [N,23,2] mean-face units
+    "Landmark displacements of mouth coefficients"
+    return ((coefficients*self.deviation) @ self.basis).unflatten(1, (-1, 2))
 
-    def opening(self, coefficients): # [N,components] -> [N], change of the lip opening against rest
-        "What the coefficients say about the distance of the inner lips"
-        points = self.displacements(coefficients)
-        return points[:, [17, 18, 19], 1].mean(1) - points[:, [13, 14, 15], 1].mean(1)
+@patch
+def opening(self:MouthAdapter, coefficients): # [N,components] -> [N], change of the lip opening against rest
+    "What the coefficients say about the distance of the inner lips"
+    points = self.displacements(coefficients)
+    return points[:, [17, 18, 19], 1].mean(1) - points[:, [13, 14, 15], 1].mean(1)
 
-    def listen(self, windows): # [N,W,L,384] -> [N,components]
-        "Predicted coefficients, stretched to the range of real speech"
-        return self.listener(windows)*self.gain
+@patch
+def listen(self:MouthAdapter, windows): # [N,W,L,384] -> [N,components]
+    "Predicted coefficients, stretched to the range of real speech"
+    return self.listener(windows)*self.gain
 
-    def tokens(self, coefficients): # [N,components] -> [N,tokens,token_dim]
-        "What the UNet attends to"
-        return self.embed(coefficients).unflatten(1, (self.config.tokens, self.config.token_dim))
+@patch
+def tokens(self:MouthAdapter, coefficients): # [N,components] -> [N,tokens,token_dim]
+    "What the UNet attends to"
+    return self.embed(coefficients).unflatten(1, (self.config.tokens, self.config.token_dim))
 
-    def forward(self, windows): return self.tokens(self.listen(windows))
+@patch
+def forward(self:MouthAdapter, windows): return self.tokens(self.listen(windows))
 
 # %% ../nbs/21_mouth.ipynb #49e0b4d9
 WINDOW = 8, 16 # height and width of the window about the mouth, latent cells
@@ -217,6 +225,7 @@ def source_mouth(landmarks:np.ndarray, # [68,2] pixels of the frame
     scale = face_scale(landmarks)*size/np.array([box[2] - box[0], box[3] - box[1]])
     return SourceMouth(landmarks_in_crop(landmarks, box, size), points, closed(points) if rest is None else rest, tuple(scale))
 
+# %% ../nbs/21_mouth.ipynb #29a42b9e
 def speaking_points(mouths:list, # `SourceMouth` of each frame
                     displacements:np.ndarray # [N,23,2] from rest, mean-face units
                    )->tuple: # old and new places of lips and chin, [N,23,2] each, pixels of the crop

@@ -48,16 +48,20 @@ class LossWeights:
         if unknown := set(self.start) - set(TERMS): raise ConfigError(f"Unknown loss term '{min(unknown)}' in start; known are {', '.join(TERMS)}.")
         if negative := [name for name in TERMS if getattr(self, name) < 0]: raise ConfigError(f'The weight of {negative[0]} is negative; 0 switches a term off.')
 
-    def active(self, step): # -> names of the terms that count at this step
-        return [name for name in TERMS if getattr(self, name) > 0 and step >= self.start.get(name, 0)]
+# %% ../nbs/40_objective.ipynb #57491188
+@patch
+def active(self:LossWeights, step): # -> names of the terms that count at this step
+    return [name for name in TERMS if getattr(self, name) > 0 and step >= self.start.get(name, 0)]
 
-    def first_lesson(self, *views): # 'face', 'mouth' -> first step at which one of their discriminators is trained, or None
-        starts = [self.start.get(name, 0) for view in views for name in JUDGED[view] if getattr(self, name) > 0]
-        return max(0, min(starts) - self.warm_up) if starts else None
+@patch
+def first_lesson(self:LossWeights, *views): # 'face', 'mouth' -> first step at which one of their discriminators is trained, or None
+    starts = [self.start.get(name, 0) for view in views for name in JUDGED[view] if getattr(self, name) > 0]
+    return max(0, min(starts) - self.warm_up) if starts else None
 
-    def learns(self, view, step): # 'face' or 'mouth' -> whether its discriminator is trained at this step
-        first = self.first_lesson(view)
-        return first is not None and step >= first
+@patch
+def learns(self:LossWeights, view, step): # 'face' or 'mouth' -> whether its discriminator is trained at this step
+    first = self.first_lesson(view)
+    return first is not None and step >= first
 
 # %% ../nbs/40_objective.ipynb #7edb6d76
 def weights_from_config(params:dict, # `loss_params` of a reference training file

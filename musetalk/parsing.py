@@ -57,6 +57,7 @@ class Block(nn.Module):
         hidden = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         return F.relu(hidden + (x if self.downsample is None else self.downsample(x)))
 
+# %% ../nbs/15_parsing.ipynb #ca9b7806
 class Trunk(nn.Module):
     "ResNet-18 up to its last stage"
     def __init__(self):

@@ -43,6 +43,7 @@ def mouth_rectangles(landmarks:np.ndarray, # [B,68,2] pixels of the crop
     first = np.round(middle - reach).clip(0, size - 2)
     return torch.from_numpy(np.concatenate([first, np.maximum(np.round(middle + reach).clip(0, size), first + 2)], 1)).long()
 
+# %% ../nbs/40_regions.ipynb #aaf96400
 def rectangle_mask(rectangles:torch.Tensor, # [B,4]
                    height:int=256, width:int=256 # pixels
                   )->torch.Tensor: # [B,1,H,W] in {0,1}

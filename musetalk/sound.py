@@ -78,6 +78,7 @@ def audio_duration(
     if not seconds: raise _silent(path)
     return seconds
 
+# %% ../nbs/10_sound.ipynb #7677c690
 def _resampled(source, sample_rate):
     "Mono blocks at another rate, without a seam between them"
     if source.rate == sample_rate: return (block[0] for block in source)

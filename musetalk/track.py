@@ -86,6 +86,10 @@ def _search(square, habit):
     shift = complex(*habit[:2])*square[2]*np.exp(1j*np.radians(square[3]))
     return np.array([square[0] + shift.real, square[1] + shift.imag, square[2]*habit[2], square[3]])
 
+def _for_backend(square):
+    return _bbox(square), square[3]
+
+# %% ../nbs/11_track.ipynb #97c57b8a
 @patch
 def _place(self:FaceTracker, image, square, habit=MEAN_HABIT):
     "Landmarks near the face's last square; once more if it has moved far"
@@ -103,9 +107,6 @@ def _place_detected(self:FaceTracker, image, box, roll=0.):
     usual = self._place(image, square)
     if usual.fit > fit - .1: return usual
     return Candidate(landmarks, fit, square, _habit(square, _square(box, roll)))
-
-def _for_backend(square):
-    return _bbox(square), square[3]
 
 # %% ../nbs/11_track.ipynb #0e887359
 @patch
@@ -179,6 +180,7 @@ def _recognise(self:FaceTracker, image, faces, moved=True):
     self._meet(people[:best] + people[best+1:])
     return faces[best]
 
+# %% ../nbs/11_track.ipynb #fbe9fa08
 @patch
 def _meet(self:FaceTracker, people):
     "Remember who else is there"

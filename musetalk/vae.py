@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from fastcore.basics import patch
 from torch import nn
 
 # %% ../nbs/30_vae.ipynb #2684ad03
@@ -72,14 +73,18 @@ class CompactAutoencoder(ModelMixin, ConfigMixin):
             nn.Conv2d(d4, 4*d2, 1), nn.PixelShuffle(2), *_blocks(d2, decoder_blocks[2]),
             nn.SiLU(), nn.Conv2d(d2, 12, 3, padding=1), nn.PixelShuffle(2))
 
-    def encode(self, images): # [B,3,H,W] in [-1,1] -> latents [B,C,H/8,W/8]
-        bound = self.config.latent_bound
-        return bound*torch.tanh(self.encoder(images)/bound)
+# %% ../nbs/30_vae.ipynb #f3dbe124
+@patch
+def encode(self:CompactAutoencoder, images): # [B,3,H,W] in [-1,1] -> latents [B,C,H/8,W/8]
+    bound = self.config.latent_bound
+    return bound*torch.tanh(self.encoder(images)/bound)
 
-    def decode(self, latents): # [B,C,h,w] -> images [B,3,8h,8w], about [-1,1]
-        return self.decoder(latents)
+@patch
+def decode(self:CompactAutoencoder, latents): # [B,C,h,w] -> images [B,3,8h,8w], about [-1,1]
+    return self.decoder(latents)
 
-    def forward(self, images): return self.decode(self.encode(images))
+@patch
+def forward(self:CompactAutoencoder, images): return self.decode(self.encode(images))
 
 # %% ../nbs/30_vae.ipynb #7af28c8f
 class FaceVAE:
