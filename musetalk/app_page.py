@@ -7,7 +7,7 @@ __all__ = ['STYLE', 'WATCH', 'VIDEO', 'PICTURE', 'SOUND', 'TEXT', 'RESPONSIBLE',
            'progress_line', 'report_table', 'trial_table', 'make_theme', 'Fields', 'wanted', 'make_page', 'Door',
            'make_web', 'running_app', 'run_app']
 
-# %% ../nbs/71_app_page.ipynb #8adeab98
+# %% ../nbs/71_app_page.ipynb #420d7430
 import asyncio
 import os
 import secrets
@@ -19,12 +19,12 @@ from html import escape
 from http.cookies import SimpleCookie
 from importlib.resources import files
 from importlib.util import find_spec
-from pathlib import Path
 from threading import Thread
 from urllib.parse import parse_qs, quote
 
-from .app import CONTROLS, AppLimits, AppSession, Dubbed, Job, Trial, Workshop, check_face, check_voice, controls_for, settings_from, try_frame, voice_missing
-from .core import ConfigError, MuseTalkError, save_image
+from .app import AppSession, Dubbed, Job, Trial, Workshop, try_frame, voice_missing
+from .app_intake import CONTROLS, AppLimits, check_face, check_voice, controls_for, settings_from
+from .core import ConfigError, save_image
 from .live import Refused
 from .serve import bind, check_request, is_loopback
 from .sound import audio_duration
@@ -123,16 +123,8 @@ def make_theme(): # A `gradio.themes.Base`
     theme = gr.themes.Base(primary_hue='teal', neutral_hue='slate', spacing_size='sm', radius_size='md', text_size='sm', **fonts)
     return theme.set(block_shadow='none', button_primary_background_fill='*primary_600', button_primary_background_fill_hover='*primary_700', button_primary_text_color='white', block_label_text_weight='500')
 
-# %% ../nbs/71_app_page.ipynb #bdd0def7
+# %% ../nbs/71_app_page.ipynb #44241b16
 VIDEO, PICTURE, SOUND, TEXT = 'Video', 'Picture', 'Sound', 'Text'
-
-def _picture_field(**details):
-    "A picture that is handed over as a file, unopened"
-    import gradio as gr
-    class Picture(gr.Image):
-        is_template = True # shown as its parent is
-        def preprocess(self, payload): return payload and payload.path
-    return Picture(type='filepath', **details)
 
 class Fields:
     "All fields of the page; `asked` are those that a dub needs"
@@ -147,11 +139,15 @@ class Fields:
             with gr.Column(scale=6, min_width=320): self._actions(gr), self._results(gr)
         self.asked = [self.face_kind, self.video, self.picture, self.voice_kind, self.sound, self.text, self.bundle, *self.controls.values()]
 
-# %% ../nbs/71_app_page.ipynb #d666ced0
+# %% ../nbs/71_app_page.ipynb #3178b162
 def _face(self:Fields, gr):
     self.face_kind = gr.Radio([VIDEO, PICTURE], value=VIDEO, label='Face', elem_id='face-kind', elem_classes='mt-kind')
-    self.video = gr.Video(sources=['upload', 'webcam'], include_audio=True, webcam_options=gr.WebcamOptions(mirror=False), height=200, label='A face from the front, at least 60 pixels wide', elem_id='video', buttons=[])
-    self.picture = _picture_field(sources=['upload', 'webcam', 'clipboard'], webcam_options=gr.WebcamOptions(mirror=False), height=200, label='A face from the front, at least 60 pixels wide', elem_id='picture', visible=False, buttons=[])
+    label, camera = 'A face from the front, at least 60 pixels wide', gr.WebcamOptions(mirror=False)
+    with gr.Column() as self.video_side:
+        self.video = gr.Video(sources=['upload', 'webcam'], include_audio=True, webcam_options=camera, height=200, label=label, elem_id='video', buttons=[])
+    with gr.Column(visible=False) as self.picture_side:
+        self.picture = gr.Image(type='filepath', sources=['upload', 'webcam', 'clipboard'], webcam_options=camera, height=200, label=label, elem_id='picture', buttons=[])
+    self.picture.preprocess = lambda payload: payload and payload.path
     self.face_fact = gr.HTML(elem_id='face-fact', padding=False)
 
 def _voice(self:Fields, gr):
@@ -165,7 +161,7 @@ def _voice(self:Fields, gr):
         self.moving = gr.Button('Try a moving portrait', size='sm', elem_id='try-moving')
 Fields._face, Fields._voice = _face, _voice
 
-# %% ../nbs/71_app_page.ipynb #af9884fc
+# %% ../nbs/71_app_page.ipynb #44c00b32
 def _look(self:Fields, gr, workshop):
     ready, absent = ([choice for choice in workshop.choices.values() if choice.ready is wanted] for wanted in (True, False))
     self.bundle = gr.Dropdown([(choice.title, choice.name) for choice in ready], value=ready[0].name, label='Model', elem_id='bundle')
@@ -180,7 +176,7 @@ def _control(self:Fields, gr, control, choice, visible):
     return gr.Dropdown(list(control.values), **common)
 Fields._look, Fields._control = _look, _control
 
-# %% ../nbs/71_app_page.ipynb #a950037e
+# %% ../nbs/71_app_page.ipynb #fce66d89
 def _actions(self:Fields, gr):
     with gr.Row():
         self.test = gr.Button('Test one frame', size='md', elem_id='test')
@@ -204,7 +200,7 @@ def _results(self:Fields, gr):
         self.download_report = gr.DownloadButton('Download the report', size='md', visible=False, elem_id='download-report')
 Fields._actions, Fields._results = _actions, _results
 
-# %% ../nbs/71_app_page.ipynb #2e93e605
+# %% ../nbs/71_app_page.ipynb #299f90a5
 def wanted(
     workshop:Workshop, # Its limits
     session:AppSession, # Who asks
@@ -220,13 +216,13 @@ def wanted(
     if voice: check_voice(voice, workshop.limits)
     return face, voice, bundle, settings_from(workshop.choices[bundle], dict(zip([control.name for control in CONTROLS], controls)))
 
-# %% ../nbs/71_app_page.ipynb #f26c4bb8
+# %% ../nbs/71_app_page.ipynb #bfb68a87
 def _arrivals(gr, fields, workshop):
     "Files that come and go"
     def face_came(kind, video, picture, request: gr.Request):
         for slot, path in (('video', video), ('picture', picture)): workshop.sessions.hold(request.session_hash, slot, path)
         path = picture if kind == PICTURE else video
-        return gr.update(visible=kind == VIDEO), gr.update(visible=kind == PICTURE), _looked(workshop, check_face, path)
+        return gr.Column(visible=kind == VIDEO), gr.Column(visible=kind == PICTURE), _looked(workshop, check_face, path)
 
     def voice_came(kind, sound, request: gr.Request):
         workshop.sessions.hold(request.session_hash, 'sound', sound)
@@ -235,14 +231,14 @@ def _arrivals(gr, fields, workshop):
         return gr.update(visible=kind == SOUND), gr.update(visible=kind == TEXT), said, gr.update(maximum=round(seconds, 1), value=min(1, seconds/2)) if seconds else gr.skip()
 
     quiet = dict(show_progress='hidden', api_visibility='private', concurrency_limit=8)
-    gr.on([fields.face_kind.change, fields.video.change, fields.picture.change], face_came, [fields.face_kind, fields.video, fields.picture], [fields.video, fields.picture, fields.face_fact], **quiet)
+    gr.on([fields.face_kind.change, fields.video.change, fields.picture.change], face_came, [fields.face_kind, fields.video, fields.picture], [fields.video_side, fields.picture_side, fields.face_fact], **quiet)
     gr.on([fields.voice_kind.change, fields.sound.change], voice_came, [fields.voice_kind, fields.sound], [fields.sound, fields.text, fields.voice_fact, fields.moment], **quiet)
 
 def _looked(workshop, check, path): # a fact, or what is wrong
     try: return fact(check(path, workshop.limits)) if path else ''
     except Exception as error: return fact(workshop.sentence(error), problem=True)
 
-# %% ../nbs/71_app_page.ipynb #bd031cde
+# %% ../nbs/71_app_page.ipynb #304e0ffe
 def _choices(gr, fields, workshop):
     "Another model, or something to try"
     def bundle_chosen(name):
@@ -253,15 +249,15 @@ def _choices(gr, fields, workshop):
     def example(moving):
         def fill():
             face, voice = workshop.demo(moving)
-            return VIDEO if moving else PICTURE, gr.update(value=str(face) if moving else None, visible=moving), gr.update(value=None if moving else str(face), visible=not moving), SOUND, gr.update(value=str(voice), visible=True), gr.update(visible=False)
+            return VIDEO if moving else PICTURE, str(face) if moving else None, None if moving else str(face), SOUND, str(voice)
         return fill
 
     quiet = dict(show_progress='hidden', api_visibility='private', concurrency_limit=8)
     fields.bundle.change(bundle_chosen, fields.bundle, list(fields.controls.values()), **quiet)
     for button, moving in ((fields.portrait, False), (fields.moving, True)):
-        button.click(example(moving), None, [fields.face_kind, fields.video, fields.picture, fields.voice_kind, fields.sound, fields.text], **quiet)
+        button.click(example(moving), None, [fields.face_kind, fields.video, fields.picture, fields.voice_kind, fields.sound], **quiet)
 
-# %% ../nbs/71_app_page.ipynb #6a3b3958
+# %% ../nbs/71_app_page.ipynb #3e1e3f32
 def _trials(gr, fields, workshop):
     "One frame"
     def test(request: gr.Request, moment, *values):
@@ -281,7 +277,7 @@ def _trials(gr, fields, workshop):
     fields.test.click(test, [fields.moment, *fields.asked], [fields.status, fields.slider, fields.panels, fields.found, fields.tabs], concurrency_limit=workshop.limits.at_once,
                       api_visibility='private', show_progress='minimal', show_progress_on=fields.status)
 
-# %% ../nbs/71_app_page.ipynb #f6d1d8e6
+# %% ../nbs/71_app_page.ipynb #ebcce424
 def _dubs(gr, fields, workshop):
     "The whole video"
     def page(status, made=None, busy=False, tab=None):
@@ -318,7 +314,7 @@ def _begin(workshop, key, values):
     if not voice: raise ConfigError('There is no voice yet: drop a sound file, record one, or type a text.')
     return workshop.start(session, face, voice, bundle, settings)
 
-# %% ../nbs/71_app_page.ipynb #c18b2a08
+# %% ../nbs/71_app_page.ipynb #796124c9
 RESPONSIBLE = 'Dub only people who agree, say that the result is synthetic, and respect the rights in voice and footage.'
 
 def make_page(
@@ -340,7 +336,7 @@ def make_page(
 
 def _at_once(limits): return 'one dub is made at a time.' if limits.at_once == 1 else f'{limits.at_once} dubs are made at a time.'
 
-# %% ../nbs/71_app_page.ipynb #9938115b
+# %% ../nbs/71_app_page.ipynb #7851511b
 APP_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' blob: data:; connect-src 'self' blob: data:; frame-ancestors 'none'; form-action 'self'; base-uri 'self'"
 
 class Door:
@@ -369,7 +365,7 @@ class Door:
 
     said = {'content-security-policy':APP_POLICY, 'referrer-policy':'no-referrer', 'x-content-type-options':'nosniff'}
 
-# %% ../nbs/71_app_page.ipynb #639955d9
+# %% ../nbs/71_app_page.ipynb #2b8ad689
 @contextmanager
 def _surroundings(folder): # of a page, from its making to its end
     wanted = dict(GRADIO_TEMP_DIR=str(folder), GRADIO_ANALYTICS_ENABLED='False', HF_HUB_DISABLE_TELEMETRY='1')
@@ -407,7 +403,7 @@ def _server(door, workshop):
             await super().shutdown(sockets)
     return Server(uvicorn.Config(door, log_level='critical', access_log=False, ws='none', timeout_keep_alive=20, timeout_graceful_shutdown=3, limit_concurrency=500, server_header=False))
 
-# %% ../nbs/71_app_page.ipynb #36d5f105
+# %% ../nbs/71_app_page.ipynb #e02b95f8
 @contextmanager
 def running_app(
     workshop:Workshop, # Closed at the end
@@ -446,6 +442,7 @@ def run_app(
         try:
             with _surroundings(workshop.folder):
                 server = _server(make_web(make_page(workshop), limits, token), workshop)
+                Thread(target=workshop.bundle, args=(next(iter(workshop.choices)),), daemon=True).start() # the first guest need not wait for it
                 shown = 'localhost' if is_loopback(host) else sockets.gethostname() if host in ('0.0.0.0', '::') else host
                 tell(f"http://{shown}:{socket.getsockname()[1]}/{'?token=' + token if token else ''}")
                 server.run([socket])
