@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['logger', 'STILL', 'LEAD', 'TAIL', 'MOST_OFFSET', 'SAMPLES', 'VIDEO_SUFFIXES', 'wide_box', 'Stretch', 'face_stretches',
-           'sharpness', 'yaw', 'measure', 'offset_curve', 'curve_peak', 'SoundReader', 'Listening', 'hear_stretch',
-           'Limits', 'fault', 'preprocess_video', 'identity_of', 'settle_offsets', 'find_videos', 'preprocess']
+           'sharpness', 'yaw', 'measure', 'offset_curve', 'curve_peak', 'SoundReader', 'bundle_speech', 'Listening',
+           'hear_stretch', 'Limits', 'fault', 'preprocess_video', 'identity_of', 'settle_offsets', 'find_videos',
+           'preprocess']
 
 # %% ../nbs/50_preprocess.ipynb #8c81f082
 import json
@@ -30,6 +31,7 @@ from .crop import CropRule, crop_face, face_scale, landmarks_in_crop
 from .dataset import CROP_MARGIN, CROP_SIZE, encode_crop, save_clip, save_sound
 from .media import VideoSource
 from .mouth import lip_opening
+from .official import find_official, is_official, official_config
 from .sound import audio_blocks
 from .track import FaceTracker
 from .voice import voice_activity
@@ -147,6 +149,16 @@ class SoundReader:
             self.buffer, self.start = self.buffer[done:], self.start + done
         return self.buffer[max(0, first - self.start):max(0, last - self.start)].copy()
 
+# %% ../nbs/50_preprocess.ipynb #857f884f
+def bundle_speech(bundle # name, folder, or checkpoint of the original program
+                 )->tuple: # what its `bundle.json` says, folder of its speech encoder
+    "What is known of a bundle without loading it. Raises `BundleError` when there is none"
+    if is_official(bundle):
+        found = find_official(bundle)
+        return official_config(found.version), found.whisper
+    folder = find_bundle(bundle)
+    return dict(audio={}) | read_json(folder/'bundle.json'), folder/'audio_encoder'
+
 # %% ../nbs/50_preprocess.ipynb #8d7c90ab
 LEAD, TAIL, MOST_OFFSET, SAMPLES = 50, 25, 15, 640 # frames before, after; largest offset in frames; samples of a frame
 
@@ -156,16 +168,17 @@ class Listening:
                  bundle='mini', # whose encoder and listener
                  layers=None # hidden states to store; None: those that the bundle uses
                 ):
-        self.bundle = load_bundle(bundle, 'cpu', 'float32')
-        used = self.bundle.audio_encoder.layers
-        self.encoder = WhisperEncoder.from_folder(find_bundle(bundle)/'audio_encoder', layers=layers or used)
+        config, folder = bundle_speech(bundle)
+        self.encoder = WhisperEncoder.from_folder(folder, final_norm=config['audio'].get('final_norm', True), **(dict(layers=layers) if layers else {}))
+        self.bundle = None if is_official(bundle) else load_bundle(bundle, 'cpu', 'float32', 'torch') # 3 GB, and no listener in it
+        self.adapter, used = (self.bundle.adapter, self.bundle.audio_encoder.layers) if self.bundle else (None, ())
         missing = [layer for layer in used if layer not in self.encoder.layers]
-        if missing and self.bundle.adapter is not None: raise ConfigError(f'layers must contain {missing[0]}, which the bundle listens to.')
+        if missing and self.adapter is not None: raise ConfigError(f'layers must contain {missing[0]}, which the bundle listens to.')
         self.places = [self.encoder.layers.index(layer) for layer in used] if not missing else []
 
     def opening(self, features, seconds): # [A,L,D], [N] -> [N] predicted lip opening, NaN outside the sound
         "How far the lips should be open at each moment"
-        adapter, bundle = self.bundle.adapter, self.bundle
+        adapter, bundle = self.adapter, self.bundle
         windows = windows_at(features[:, self.places], seconds, bundle.left, bundle.right)
         with torch.inference_mode(): heard = adapter.opening(adapter.listen(windows)).numpy()
         heard[(seconds < 0) | (seconds >= len(features)/50)] = np.nan
@@ -185,7 +198,7 @@ def hear_stretch(stretch:Stretch, # a face
     frames = (start + np.arange(-MOST_OFFSET, len(stretch) + MOST_OFFSET))/25
     voice = voice_activity(normalized(samples), frames[MOST_OFFSET:-MOST_OFFSET])
     row = dict(start=start, speech=round(float(voice.mean()), 3))
-    if listening.bundle.adapter is not None:
+    if listening.adapter is not None:
         curve = offset_curve(lip_opening(np.stack(stretch.landmarks)), listening.opening(features, frames), MOST_OFFSET)
         row['offsets'] = [round(float(r), 3) for r in curve]
     return row, samples, features, voice
@@ -338,7 +351,7 @@ def preprocess(source, # folder of videos, searched deeply
     "Preprocess every video of a folder, or finish a run that was stopped. Raises `MediaError` when there is none, `ConfigError` for other settings than before"
     out = Path(out)
     videos = find_videos(source, read_json(labels) if isinstance(labels, (str, Path)) else labels)
-    known = read_json(find_bundle(bundle)/'bundle.json') if bundle else {}
+    known = bundle_speech(bundle)[0] if bundle else {}
     settings = dict(bundle=str(bundle), rule=(rule or CropRule(**known.get('crop', {}))).to_dict(), layers=list(layers) if layers else None, limits=asdict(limits))
     _same_settings(out/'settings.json', settings)
     jobs = [(str(path), str(out), name, settings['rule'], bundle, tuple(layers) if layers else None, settings['limits']) for path, name, _ in videos]

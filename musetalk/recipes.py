@@ -240,6 +240,7 @@ def train_face_stage(kind:str, # 'stage1' or 'stage2'
     lessons, tests = face_lessons(config, data, syncnet.to('cpu') if given['num_workers'] and syncnet else syncnet)
     terms = config['loss_params']
     perceptual = picture_distance(in_models(config['pretrained_model_name_or_path']), device, terms['pyramid_scale'], terms['vgg_layer_weight']) if weights.perceptual else None
+    torch.manual_seed(config['seed']) # judges begin alike, whatever was loaded before them
     losses, adversaries = face_losses(weights, perceptual, SyncTerm(syncnet, config['num_backward_frames']) if syncnet else None, config['model_params']['discriminator_params'],
                                       config['mouth_size'], judge['lr'], judge['betas'], judge['weight_decay'])
     checkpointing = config['solver']['gradient_checkpointing']
@@ -271,7 +272,7 @@ def cached_lessons(config:dict, data, bundle, output:Path, syncnet=None, show_pr
 def mouth_parts(config:dict # with `bundle`, perhaps `vae`, `adapter`, `random_init_unet`
                )->Bundle: # float32, on the processor; painter and adapter learn
     "What a stage with drawn lips begins with. Raises `ConfigError` for a bundle without an adapter, `BundleError` for missing parts"
-    bundle = load_bundle(config['bundle'], 'cpu', 'float32')
+    bundle = load_bundle(config['bundle'], 'cpu', 'float32', 'torch')
     if config.get('vae'): bundle.vae = load_vae(in_models(config['vae']))
     if config.get('adapter'):
         try: bundle.adapter = MouthAdapter.from_pretrained(in_models(config['adapter']), local_files_only=True, low_cpu_mem_usage=False)
