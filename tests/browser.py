@@ -52,7 +52,8 @@ class Browser:
             connection = http.client.HTTPConnection('127.0.0.1', int(port.read_text().split()[0]), timeout=PATIENCE)
             connection.request('GET', '/json/list')
             page = next(target for target in json.loads(connection.getresponse().read()) if target['type'] == 'page')
-            self.line = connect(page['webSocketDebuggerUrl'], max_size=None, open_timeout=PATIENCE)
+            self.opened = connect(page['webSocketDebuggerUrl'], max_size=None, open_timeout=PATIENCE)
+            self.line = self.opened.__enter__()
             for domain in ('Page', 'Runtime', 'Log', 'Network', 'DOM'): self.do(f'{domain}.enable')
             self.resize(width, height)
         except BaseException:
@@ -64,7 +65,7 @@ class Browser:
     def __exit__(self, *problem): self.close()
 
     def close(self):
-        if hasattr(self, 'line'): self.line.close()
+        if hasattr(self, 'line'): self.opened.__exit__(None, None, None)
         self.process.terminate()
         try: self.process.wait(10)
         except subprocess.TimeoutExpired: self.process.kill(); self.process.wait()
