@@ -10,7 +10,7 @@ import shlex
 from dataclasses import asdict
 from pathlib import Path
 
-from .cli import AUDIO, BUNDLE, DEVICE, DTYPE, FLOW, JSON, LOOK, MAKING, VIDEO, as_json, command, given_settings, option, show_bar, size_text
+from .cli import AUDIO, BUNDLE, DEVICE, DTYPE, FACE_BACKEND, FLOW, JSON, LOOK, MAKING, VIDEO, as_json, command, given_settings, option, show_bar, size_text
 from .core import ConfigError
 
 # %% ../nbs/74_cli_models.ipynb #b9564cb8
@@ -54,7 +54,7 @@ def run_models(args):
          option('--clip-len-second', type=float, metavar='S', help='longest clip (default: 30)'),
          option('--least-face', type=float, default=64, metavar='PX', help='narrowest face, pixels (default: 64)'),
          option('--workers', type=int, metavar='N', help='processes (default: one per processor)'),
-         ('model', (BUNDLE,)), JSON, examples=('preprocess --source videos --out runs/data --val anna',))
+         ('model', (BUNDLE, FACE_BACKEND)), JSON, examples=('preprocess --source videos --out runs/data --val anna',))
 def run_preprocess(args):
     "musetalk preprocess"
     from musetalk.preprocess import Limits, preprocess
@@ -79,7 +79,7 @@ def run_train(args):
 
 @command('evaluate', 'measure how well a model dubs people it has not met', option('--source', required=True, metavar='PATH', help='folder of talking videos, or a JSON manifest'),
          option('--keep', metavar='DIR', help='keep dubs and tracks there for the next time'), option('--syncnet', metavar='PATH', help='a trained SyncNet: adds sync confidence and distance'),
-         option('--save', metavar='FILE', help='JSON report; a table (.md) and a plot (.png) come beside it'), ('model', (BUNDLE, DEVICE, DTYPE)), JSON,
+         option('--save', metavar='FILE', help='JSON report; a table (.md) and a plot (.png) come beside it'), ('model', (BUNDLE, DEVICE, DTYPE, FACE_BACKEND)), JSON,
          examples=('evaluate --source videos --save report.json',))
 def run_evaluate(args):
     "musetalk evaluate"
@@ -91,20 +91,33 @@ def run_evaluate(args):
         for title, value, wanted, reached in result.targets(): print(f"{title:30} {'-' if value is None else format(value, '.3f'):>8}   {wanted:14} {'reached' if reached else 'MISSED'}")
 
 # %% ../nbs/74_cli_models.ipynb #5b7db0e9
-@command('bench', 'measure speed (`bench dub`, `bench stream`) or memory (`bench memory`)', option('what', choices=('dub', 'memory', 'stream'), help='what to measure'), VIDEO, AUDIO,
+@command('bench', 'measure speed (`bench dub`, `bench stream`, `bench runtime`) or memory (`bench memory`)', option('what', choices=('dub', 'memory', 'stream', 'runtime'), help='what to measure'), VIDEO, AUDIO,
          option('--seconds', type=float, metavar='S', help='length of the speech (default: 10 for `bench dub`, 60 for `bench stream`)'),
          option('--lengths', type=float, nargs=2, default=(10, 120), metavar='S', help='lengths for `bench memory` (default: 10 120)'),
          option('--save', metavar='FILE', help='write the figures, with the command, as JSON'),
-         LOOK, FLOW, MAKING, ('model', (BUNDLE, DEVICE, DTYPE)), JSON, examples=('bench dub --json', 'bench stream --json', 'bench memory --video me.mp4 --audio speech.wav --json'))
+         LOOK, FLOW, MAKING, ('model', (BUNDLE, DEVICE, DTYPE, FACE_BACKEND)), JSON, examples=('bench dub --json', 'bench stream --json', 'bench memory --video me.mp4 --audio speech.wav --json'))
 def run_bench(args):
     "musetalk bench"
-    from musetalk.bench import bench_dub, bench_memory, bench_stream
     from musetalk.core import write_json
-    common = dict(video=args.video, audio=args.audio, bundle=args.bundle, device=args.device) | given_settings(args)
-    if args.what == 'memory': figures = bench_memory(lengths=tuple(args.lengths), **common)
-    else: figures = (bench_dub if args.what == 'dub' else bench_stream)(**dict(seconds=args.seconds) if args.seconds else {}, **common)
+    if args.what == 'runtime': figures = _bench_runtime(args)
+    else:
+        from musetalk.bench import bench_dub, bench_memory, bench_stream
+        common = dict(video=args.video, audio=args.audio, bundle=args.bundle, device=args.device) | given_settings(args)
+        own = dict(lengths=tuple(args.lengths)) if args.what == 'memory' else dict(seconds=args.seconds) if args.seconds else {}
+        figures = dict(dub=bench_dub, memory=bench_memory, stream=bench_stream)[args.what](**own, **common)
     if args.save: write_json(args.save, dict(command=command_line(args.words, '--save')) | figures)
     print(as_json(figures) if args.json else '\n'.join(f"{name.replace('_', ' ')}: {value}" for name, value in figures.items()))
+
+def _bench_runtime(args):
+    from datetime import date
+    from importlib.metadata import version
+
+    from musetalk.bench import machine_kind
+    from musetalk.bundle import load_bundle
+    from musetalk.runtime import bench_runtimes
+    figures = bench_runtimes(load_bundle(args.bundle, args.device or 'cpu', 'float32', 'torch'))
+    return dict(measured="milliseconds of one thread's processor time for each picture, runtimes in turn in one process", machine=machine_kind(), date=date.today().isoformat(),
+                bundle=args.bundle, milliseconds=figures, versions={name:version(name) for name in ('torch', 'openvino')})
 
 def command_line(
     words:list, # After the word `musetalk`

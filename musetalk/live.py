@@ -344,7 +344,10 @@ def _stream(self:Studio, name, sample_rate):
         if name not in self.avatars: self.avatars[name] = [Avatar.load(self.known(name), self.bundle, self.folder, progress=False), 0]
         entry = self.avatars[name]
         entry[1] += 1
-    try: return AvatarStream(entry[0], self.batcher, sample_rate, most=self.limits.waiting_seconds, check=self.check)
+    def opened(quick): return AvatarStream(entry[0], self.batcher, sample_rate, most=self.limits.waiting_seconds, check=self.check, quick=quick)
+    try:
+        try: return opened(True)
+        except CapacityError: return opened(False) # which takes less time
     except BaseException:
         self._release(name)
         raise
