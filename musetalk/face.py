@@ -7,8 +7,10 @@ __all__ = ['FACE_CENTRE', 'FACE_HALF_SIDE', 'FaceRecord', 'face_square', 'FaceBa
            'draw_landmarks', 'FaceAlignmentBackend', 'face_backend']
 
 # %% ../nbs/11_face.ipynb #efa5f145
+import os
 from dataclasses import dataclass
 from functools import cache, cached_property
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, files
 from importlib.util import find_spec
 from inspect import signature
@@ -328,11 +330,13 @@ def _eager(network_class):
     return {'compile': False} if 'compile' in signature(network_class.__init__).parameters else {}
 
 # %% ../nbs/11_face.ipynb #4988d872
-def face_backend(name:str=None # 'dlib', 'face-alignment' or None
+def face_backend(name:str=None # 'dlib', 'face-alignment', 'dwpose', 'auto'; None: see below
                 )->FaceBackend: # ready to use
-    "The backend of that name; None: `face-alignment` if it and its weights are there, else dlib. Raises `FaceError`."
+    "The backend of that name, or of `MUSETALK_FACE_BACKEND`; 'auto': `face-alignment` if it and its weights are there, else dlib. Raises `FaceError`."
+    name = (name or os.environ.get('MUSETALK_FACE_BACKEND', '')).replace('auto', '') or None
+    if name == 'dwpose': return import_module('musetalk.dwpose').DWPoseBackend() # it needs this module
     folders = [folder/'face-alignment' for folder in find_models() if (folder/'face-alignment').is_dir()]
     if name == 'dlib' or (name is None and not (folders and find_spec('face_alignment'))): return DlibBackend()
-    if name not in (None, 'face-alignment'): raise FaceError(f"unknown face backend '{name}': use 'dlib' or 'face-alignment'")
+    if name not in (None, 'face-alignment'): raise FaceError(f"unknown face backend '{name}': use 'dlib' or 'face-alignment', or 'dwpose'")
     if not folders: raise FaceError('no folder face-alignment with weights under models: run `musetalk download face`')
     return FaceAlignmentBackend(folders[0])
