@@ -108,7 +108,7 @@ class DWPoseBackend(FaceBackend):
                  detector:FaceBackend=None, # Finds faces; None chooses
                  file=None, # .onnx; None: from the folders of models
                  mirrored:bool=True): # Ask twice, as the original; False: half the time
-        self.session, self.detector, self.mirrored = load_dwpose(file or dwpose_file()), detector or face_backend(), mirrored
+        self.session, self.detector, self.mirrored = load_dwpose(file or dwpose_file()), detector or face_backend('auto'), mirrored
         self.rolls, self.near_side, self.near_options = self.detector.rolls, self.detector.near_side, self.detector.near_options
         self.same_person, self._last = getattr(self.detector, 'same_person', None), (None, None)
 

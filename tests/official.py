@@ -36,7 +36,7 @@ def agree(name, ours, theirs, tolerance=1e-4, relative=True):
     assert ours.shape == theirs.shape, f'{name}: {ours.shape}, not {theirs.shape}'
     scale = float(np.abs(theirs).max()) if relative and tolerance else 1.
     deviation = float(np.abs(ours.astype(np.float64) - theirs).max())/scale
-    key = name, os.environ.get('PYTEST_CURRENT_TEST', '').split(' ')[0].split('[')[0], float(tolerance), relative and tolerance > 0
+    key = name, os.environ.get('PYTEST_CURRENT_TEST', '').split(' ')[0].split('[')[0], float(tolerance), bool(relative and tolerance > 0)
     before, unequal = SEEN.get(key, dict(deviation=0., compared=0, unequal=0)), int((ours != theirs).sum())
     SEEN[key] = dict(deviation=max(deviation, before['deviation']), compared=before['compared'] + ours.size, unequal=before['unequal'] + unequal)
     assert deviation <= tolerance, f'{name}: off by {deviation:.3g}, {tolerance:.3g} is allowed'

@@ -21,6 +21,7 @@ from musetalk import models
 from musetalk.bench import peak_megabytes
 from musetalk.core import BundleError, MediaError, read_json, save_image, sha256_file, write_json
 from musetalk.crop import crop_face
+from musetalk.dataset import FaceClips, FaceLessons
 from musetalk.dub import dub
 from musetalk.losses import load_vgg19
 from musetalk.media import VideoSource
@@ -465,3 +466,32 @@ def test_full_size_from_server_to_video(tmp_path, portrait, monkeypatch):
     changed = np.abs(first.image.astype(int) - given.image[:made.height, :made.width]).max(2) > 48
     rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
     assert changed.mean() > .001 and len(rows) < .6*made.height and len(columns) < .7*made.width # noise about the mouth, and nothing else
+
+
+def test_lessons_for_training_the_official_model(shelf, tmp_path, portrait, monkeypatch):
+    "`musetalk preprocess --bundle v1.5`: its crop rule, five states of its speech encoder, and no listener that judges offsets"
+    from musetalk.cli import main
+    from musetalk.writer import VideoWriter
+    monkeypatch.setenv('MUSETALK_MODELS', str(shelf))
+    (tmp_path/'films').mkdir()
+    write_audio(tmp_path/'words.wav', np.float32(.2*np.sin(np.arange(19200)/20)))
+    with VideoWriter(tmp_path/'films/anna.mp4', 25, 320, 320, audio=tmp_path/'words.wav') as writer:
+        for _ in range(30): writer.write(np.kron(portrait, np.ones((2, 2, 1), np.uint8)))
+    assert main(['preprocess', '--source', str(tmp_path/'films'), '--out', str(tmp_path/'lessons'), '--bundle', 'v1.5', '--workers', '1']) == 0
+    assert read_json(tmp_path/'lessons/rejected.json') == [] and read_json(tmp_path/'lessons/settings.json')['rule']['name'] == 'half_face'
+    clips = FaceClips(tmp_path/'lessons')
+    assert len(clips.rows) == 1 and clips.rows[0]['sound'] and 'offsets' not in clips.rows[0]
+    lesson = FaceLessons(clips, frames=2)(np.random.default_rng(0))
+    assert lesson['windows'].shape == (2, 10, 5, 32)
+
+
+def test_face_backend_of_the_command_line(toy_folder, tmp_path, portrait, voice, monkeypatch, capsys):
+    "An unknown one, and one whose file is missing; what was said holds for this command only"
+    from musetalk.cli import main
+    monkeypatch.delenv('MUSETALK_FACE_BACKEND', raising=False)
+    save_image(tmp_path/'she.png', portrait)
+    write_audio(tmp_path/'words.wav', voice)
+    for name, sentence in (('yolo', "unknown face backend 'yolo'"), ('dwpose', 'run `musetalk download dwpose`')):
+        words = ['dub', '--video', str(tmp_path/'she.png'), '--audio', str(tmp_path/'words.wav'), '--out', str(tmp_path/'out.mp4'), '--bundle', str(toy_folder), '--face-backend', name]
+        assert main(words) == 2 and sentence in capsys.readouterr().err and 'MUSETALK_FACE_BACKEND' not in os.environ
+    assert not (tmp_path/'out.mp4').exists()
