@@ -1,6 +1,8 @@
 # make demo   set everything up, then let the portrait speak
 # make test   set everything up, then check everything
+# make lab    set everything up, then open the notebooks in JupyterLab
 # make docs   the documentation site in _docs, and README.md
+# make coverage  how much of the package the tests inside the notebooks run
 # make clean  remove what was built (make distclean: the environment too)
 
 PYTHON ?= python3
@@ -11,7 +13,7 @@ READY := .venv/.ready
 export OMP_NUM_THREADS ?= 1
 export PYTHONUTF8 := 1
 
-.PHONY: demo test docs clean distclean
+.PHONY: demo test lab docs coverage clean distclean
 
 demo: $(READY)
 	env -u OMP_NUM_THREADS $(BIN)/musetalk demo
@@ -24,8 +26,15 @@ test: $(READY)
 	$(BIN)/python .ci/docs.py --check
 	$(BIN)/python -m pytest -q -p no:cacheprovider -n 2 tests
 
+lab: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[lab]'
+	$(BIN)/jupyter lab nbs/80_tutorial_dub.ipynb
+
 docs: $(READY)
 	$(BIN)/python .ci/docs.py
+
+coverage: $(READY)
+	$(BIN)/python .ci/coverage.py
 
 $(READY): settings.ini setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "musetalk needs Python 3.11 or newer; try: make PYTHON=python3.11")'

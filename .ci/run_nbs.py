@@ -1,14 +1,18 @@
 """Run notebooks where they are and keep what their cells show.
 
-    .venv/bin/python .ci/run_nbs.py [NOTEBOOK ...]      all of them without arguments
+    .venv/bin/python .ci/run_nbs.py [NOTEBOOK ...]          all of them without arguments
+    .venv/bin/python .ci/run_nbs.py --shrink NOTEBOOK ...   only make stored pictures smaller
 
 Cells that `nbdev_test` skips (flags of settings.ini, `eval: false`) are skipped here too, and keep the outputs they have:
 that is how a figure made on a large machine stays on the page. Warnings, progress bars and widget state are dropped,
 and the notebook is cleaned, so that running twice changes nothing. A notebook that fails is left as it was.
 """
+import base64
+import io
 import subprocess
 import sys
 from pathlib import Path
+from PIL import Image
 from execnb.nbio import read_nb, write_nb
 from execnb.shell import CaptureShell
 from fastcore.xtras import working_directory
@@ -17,6 +21,7 @@ from nbdev.config import get_config
 from nbdev.process import NBProcessor
 
 WIDGET_VIEW = 'application/vnd.jupyter.widget-view+json'
+LARGE = 40_000  # characters of a PNG that is worth a JPEG; photographs drawn by matplotlib are
 
 
 def skipped_cells(path, flags):
@@ -38,6 +43,19 @@ def lasting(output):
     return output.output_type not in ('display_data', 'execute_result') or bool(output.data)
 
 
+def smaller(output):
+    "Turn a large PNG into a JPEG if that takes less than two thirds of the room"
+    data = output.get('data', {})
+    png = ''.join(data.get('image/png', ''))
+    if len(png) < LARGE: return output
+    Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB').save(buffer := io.BytesIO(), 'jpeg', quality=85, optimize=True)
+    jpeg = base64.b64encode(buffer.getvalue()).decode()
+    if len(jpeg) < len(png)*2/3:
+        del data['image/png']
+        data['image/jpeg'] = jpeg
+    return output
+
+
 def refresh(
     path,  # The notebook
     flags,  # Directives whose cells are not run, such as {'slow', 'cuda'}
@@ -50,14 +68,23 @@ def refresh(
     with working_directory(path.parent):
         shell.run_all(notebook, exc_stop=True, preproc=lambda cell: cell.cell_type != 'code' or cell.idx_ in skipped)
     for cell in notebook.cells:
-        if cell.cell_type == 'code' and cell.idx_ not in skipped: cell.outputs = [output for output in cell.outputs if lasting(output)]
+        if cell.cell_type == 'code' and cell.idx_ not in skipped: cell.outputs = [smaller(output) for output in cell.outputs if lasting(output)]
     notebook.metadata.pop('widgets', None)
     clean_nb(notebook, clean_ids=True)
     write_nb(notebook, path)
 
 
+def shrink(path):
+    "Do that to the outputs a notebook has"
+    notebook = read_nb(path)
+    for cell in notebook.cells:
+        if cell.cell_type == 'code': cell.outputs = [smaller(output) for output in cell.outputs]
+    write_nb(notebook, path)
+
+
 def main():
     settings = get_config()
+    if sys.argv[1:2] == ['--shrink']: return [shrink(Path(name)) for name in sys.argv[2:]]
     sys.path.insert(0, str(settings.config_path))
     paths = [Path(name) for name in sys.argv[1:]] or sorted(settings.nbs_path.glob('[!_.]*.ipynb'))
     if len(paths) == 1: return refresh(paths[0], settings.tst_flags.split())
