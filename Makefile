@@ -34,7 +34,7 @@ docs: $(READY)
 	$(BIN)/python .ci/docs.py
 
 coverage: $(READY)
-	$(BIN)/python .ci/coverage.py
+	$(BIN)/python .ci/measure_coverage.py
 
 $(READY): settings.ini setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "musetalk needs Python 3.11 or newer; try: make PYTHON=python3.11")'

@@ -1,6 +1,6 @@
 """How much of the package the tests inside the notebooks run, by file.
 
-    .venv/bin/python .ci/coverage.py            prints the table and writes benchmarks/coverage.json
+    .venv/bin/python .ci/measure_coverage.py            prints the table and writes benchmarks/coverage.json
 
 Only `tests/test_notebooks.py` counts: it runs what each notebook shows against the exported module.
 """
