@@ -34,13 +34,13 @@ from .sound import audio_duration
 from .speak import speak
 from .writer import VideoWriter
 
-# %% ../nbs/71_app.ipynb #4bfd0667
+# %% ../nbs/71_app.ipynb #ee457797
 class AppSession:
     "What one open page owns"
     def __init__(self,
         folder:Path, # New folder of its own
     ):
-        self.folder, self.held, self.job = folder, {}, None
+        self.folder, self.held, self.brought, self.job = folder, {}, set(), None
         folder.mkdir(parents=True)
 
     def new_folder(self) -> Path: # For one result
@@ -50,7 +50,7 @@ class AppSession:
         fresh.mkdir()
         return fresh
 
-# %% ../nbs/71_app.ipynb #f78323b7
+# %% ../nbs/71_app.ipynb #68ebf8e8
 class Sessions:
     "All open pages"
     def __init__(self,
@@ -75,6 +75,7 @@ class Sessions:
         session = self.of(key)
         with self.lock:
             before, session.held[slot] = session.held.get(slot), path
+            session.brought.add(path)
             self._drop([before])
 
     def _drop(self, paths): # uploads that nobody holds any more
@@ -84,7 +85,7 @@ class Sessions:
             path.unlink(missing_ok=True)
             if path.parent != self.folder and not any(path.parent.iterdir()): path.parent.rmdir()
 
-# %% ../nbs/71_app.ipynb #bd7394d9
+# %% ../nbs/71_app.ipynb #559e3737
 def leave(self:Sessions,
     key:str, # Which page
 ):
@@ -93,7 +94,7 @@ def leave(self:Sessions,
     if session is None: return
     if session.job is not None: session.job.stop()
     shutil.rmtree(session.folder, ignore_errors=True)
-    with self.lock: self._drop(session.held.values())
+    with self.lock: self._drop(session.brought)
 
 def leave_all(self:Sessions):
     "The program ends"

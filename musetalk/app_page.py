@@ -25,7 +25,7 @@ from urllib.parse import parse_qs, quote
 from .app import AppSession, Dubbed, Job, Trial, Workshop, try_frame, voice_missing
 from .app_intake import CONTROLS, AppLimits, check_face, check_voice, controls_for, settings_from
 from .core import ConfigError, save_image
-from .live import Refused
+from .session import Refused
 from .serve import bind, check_request, is_loopback
 from .sound import audio_duration
 
@@ -216,7 +216,7 @@ def wanted(
     if voice: check_voice(voice, workshop.limits)
     return face, voice, bundle, settings_from(workshop.choices[bundle], dict(zip([control.name for control in CONTROLS], controls)))
 
-# %% ../nbs/71_app_page.ipynb #bfb68a87
+# %% ../nbs/71_app_page.ipynb #f3f63eec
 def _arrivals(gr, fields, workshop):
     "Files that come and go"
     def face_came(kind, video, picture, request: gr.Request):
@@ -230,7 +230,7 @@ def _arrivals(gr, fields, workshop):
         seconds = float(audio_duration(sound)) if 'mt-fact' in said else None
         return gr.update(visible=kind == SOUND), gr.update(visible=kind == TEXT), said, gr.update(maximum=round(seconds, 1), value=min(1, seconds/2)) if seconds else gr.skip()
 
-    quiet = dict(show_progress='hidden', api_visibility='private', concurrency_limit=8)
+    quiet = dict(show_progress='hidden', api_visibility='private', concurrency_limit=1) # in the order in which it happened
     gr.on([fields.face_kind.change, fields.video.change, fields.picture.change], face_came, [fields.face_kind, fields.video, fields.picture], [fields.video_side, fields.picture_side, fields.face_fact], **quiet)
     gr.on([fields.voice_kind.change, fields.sound.change], voice_came, [fields.voice_kind, fields.sound], [fields.sound, fields.text, fields.voice_fact, fields.moment], **quiet)
 
