@@ -18,8 +18,9 @@ from fastcore.basics import patch
 
 from .avatar import Avatar
 from .core import ConfigError, MediaError, MuseTalkError
-from .live import pcm
-from .stream import AvatarStream, Batcher, LiveFrame, StreamError, as_samples
+from .session import pcm
+from .stream import AvatarStream, Batcher, LiveFrame, StreamError
+from .utterance import as_samples
 
 # %% ../nbs/69_adapters.ipynb #87a8367e
 logger = logging.getLogger('musetalk')

@@ -19,7 +19,8 @@ import numpy as np
 from av.error import FFmpegError
 from fastcore.basics import patch
 
-from .live import LiveSession, Refused, Studio
+from .live import Studio
+from .session import LiveSession, Refused
 from .stream import LiveFrame
 
 # %% ../nbs/69_broadcast.ipynb #c8fedd3a
@@ -47,27 +48,29 @@ class BroadcastFile:
         self.sound = self.container.add_stream('aac', rate=first.sample_rate, layout='mono')
         self.rest, self.next_sample = np.zeros(0, np.float32), 0
 
-    def write(self,
-        frame:LiveFrame, # The next one
-    ):
-        "Send a frame and its sound. Raises `FFmpegError` if the other side is gone"
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame.image[:self.height, :self.width]), 'rgb24')
-        picture.pts, picture.time_base = frame.number - self.zero, 1/Fraction(self.fps)
-        self.container.mux(self.picture.encode(picture))
-        begin = int((frame.number - self.zero)*frame.sample_rate/self.fps)
-        gap = begin - self.next_sample - len(self.rest) # of frames that were left out
-        self.rest = np.concatenate([self.rest, np.zeros(max(0, gap), np.float32), frame.samples])
-        while len(self.rest) >= 1024:
-            block, self.rest = av.AudioFrame.from_ndarray(np.ascontiguousarray(self.rest[None, :1024]), 'fltp', 'mono'), self.rest[1024:]
-            block.sample_rate, block.pts, block.time_base = frame.sample_rate, self.next_sample, Fraction(1, frame.sample_rate)
-            self.container.mux(self.sound.encode(block))
-            self.next_sample += 1024
-
     def close(self):
         "Send what is left, and hang up"
         try:
             for stream in (self.picture, self.sound): self.container.mux(stream.encode(None))
         finally: self.container.close()
+
+# %% ../nbs/69_broadcast.ipynb #c55c3d5a
+@patch
+def write(self:BroadcastFile,
+    frame:LiveFrame, # The next one
+):
+    "Send a frame and its sound. Raises `FFmpegError` if the other side is gone"
+    picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame.image[:self.height, :self.width]), 'rgb24')
+    picture.pts, picture.time_base = frame.number - self.zero, 1/Fraction(self.fps)
+    self.container.mux(self.picture.encode(picture))
+    begin = int((frame.number - self.zero)*frame.sample_rate/self.fps)
+    gap = begin - self.next_sample - len(self.rest) # of frames that were left out
+    self.rest = np.concatenate([self.rest, np.zeros(max(0, gap), np.float32), frame.samples])
+    while len(self.rest) >= 1024:
+        block, self.rest = av.AudioFrame.from_ndarray(np.ascontiguousarray(self.rest[None, :1024]), 'fltp', 'mono'), self.rest[1024:]
+        block.sample_rate, block.pts, block.time_base = frame.sample_rate, self.next_sample, Fraction(1, frame.sample_rate)
+        self.container.mux(self.sound.encode(block))
+        self.next_sample += 1024
 
 # %% ../nbs/69_broadcast.ipynb #81032dfe
 class Broadcast:

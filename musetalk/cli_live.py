@@ -81,7 +81,8 @@ def run_serve(args):
     from musetalk.serve import need_server, serve
     need_server()
     from musetalk.avatar import Avatar
-    from musetalk.live import ServeLimits, Studio
+    from musetalk.live import Studio
+    from musetalk.session import ServeLimits
     studio = Studio(args.bundle, args.avatars, args.device, ServeLimits(sessions=args.sessions, upload_bytes=round(args.upload_mb*1e6)), not args.no_check)
     if args.video: Avatar.prepare(args.video, args.name, studio.bundle, studio.folder, progress=show_bar(args), **given_settings(args))
     elif not studio.names(): _first_avatar(Avatar, studio)

@@ -18,7 +18,8 @@ from urllib.parse import parse_qs
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
-from .live import Buckets, Refused, Studio
+from .live import Studio
+from .session import Buckets, Refused
 
 # %% ../nbs/63_guard.ipynb #150bf82b
 logger = logging.getLogger('musetalk')

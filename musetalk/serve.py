@@ -29,7 +29,8 @@ from . import __version__
 from .avatar import Avatar, avatar_name
 from .core import ConfigError, MuseTalkError
 from .guard import Guard, check_request, claimed, is_loopback # noqa: F401 (the app imports one of them from here)
-from .live import Buckets, PictureEncoder, Refused, ServeLimits, Studio, Text, pack_frame, status_of
+from .live import Studio, Text
+from .session import Buckets, PictureEncoder, Refused, ServeLimits, pack_frame, status_of
 from .stream import CapacityError
 
 # %% ../nbs/63_serve.ipynb #5ed507a7

@@ -19,7 +19,8 @@ import numpy as np
 from fastcore.basics import patch
 
 from .core import MuseTalkError
-from .live import LiveSession, Refused, Studio, Text, pcm
+from .live import Studio, Text
+from .session import LiveSession, Refused, pcm
 from .stream import LiveFrame
 
 # %% ../nbs/68_webrtc.ipynb #c1e6a901
