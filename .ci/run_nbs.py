@@ -21,7 +21,7 @@ from nbdev.config import get_config
 from nbdev.process import NBProcessor
 
 WIDGET_VIEW = 'application/vnd.jupyter.widget-view+json'
-LARGE = 40_000  # characters of a PNG that is worth a JPEG; photographs drawn by matplotlib are
+LARGE = 12_000  # characters of a PNG that is worth the trouble
 
 
 def skipped_cells(path, flags):
@@ -43,16 +43,24 @@ def lasting(output):
     return output.output_type not in ('display_data', 'execute_result') or bool(output.data)
 
 
+def encoded(picture, kind, **options):
+    "A picture as text for a notebook"
+    picture.save(buffer := io.BytesIO(), kind, optimize=True, **options)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
 def smaller(output):
-    "Turn a large PNG into a JPEG if that takes less than two thirds of the room"
+    "Keep a PNG with 64 colours, which is enough for curves, or as a JPEG, if that takes less than two thirds of the room"
     data = output.get('data', {})
     png = ''.join(data.get('image/png', ''))
     if len(png) < LARGE: return output
-    Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB').save(buffer := io.BytesIO(), 'jpeg', quality=85, optimize=True)
-    jpeg = base64.b64encode(buffer.getvalue()).decode()
-    if len(jpeg) < len(png)*2/3:
+    picture = Image.open(io.BytesIO(base64.b64decode(png)))
+    if picture.mode == 'P': return output
+    picture = picture.convert('RGB')
+    kind, text = min((('image/jpeg', encoded(picture, 'jpeg', quality=82)), ('image/png', encoded(picture.quantize(64, dither=Image.Dither.NONE), 'png'))), key=lambda pair: len(pair[1]))
+    if len(text) < len(png)*2/3:
         del data['image/png']
-        data['image/jpeg'] = jpeg
+        data[kind] = text
     return output
 
 
