@@ -17,10 +17,16 @@ function headers() {
 }
 
 async function api(method, path, body, type = 'application/json') {
-  const answer = await fetch(path, {method, body, headers: body === undefined ? headers() : {...headers(), 'Content-Type': type}})
-  if (answer.status === 401) { $('gate').showModal(); throw Object.assign(new Error('A token is needed.'), {status: 401}) }
+  const answer = await fetch(path, {method, body, headers: body === undefined ? headers() : {...headers(), 'Content-Type': type}}).catch(() => { throw new Error('The server does not answer.') })
+  if (answer.status === 401) { askToken(); throw Object.assign(new Error('A token is needed.'), {status: 401}) }
   if (!answer.ok) throw Object.assign(new Error((await answer.json().catch(() => ({}))).error || `The server answered ${answer.status}.`), {status: answer.status})
   return answer
+}
+
+function askToken() {
+  $('gate-message').textContent = sessionStorage.getItem('token') ? 'That token is not the right one. Whoever started this server was shown it.' : 'This server asks for a token. Whoever started it was shown one.'
+  $('token').value = ''
+  if (!$('gate').open) $('gate').showModal()
 }
 
 function show(state, text) {
@@ -33,11 +39,11 @@ function show(state, text) {
   $('start').disabled = !call.avatar
 }
 
-function tell(text) {
+function tell(text, stays) {
   $('message').textContent = text || ''
   $('message').hidden = !text
   clearTimeout(tell.timer)
-  if (text) tell.timer = setTimeout(() => tell(''), 9000)
+  if (text && !stays) tell.timer = setTimeout(() => tell(''), 9000)
 }
 
 // Avatars
@@ -157,7 +163,8 @@ async function connect() {
 function lost(text, final) {
   const wanted = call.wanted && !final
   hangUp()
-  tell(text)
+  const sentence = /[.!?]$/.test(text) ? text : `${text}.`
+  tell(wanted ? `${sentence} Trying again …` : sentence, wanted)
   if (!wanted) return show('failed', 'Not connected')
   call.wanted = true
   call.attempt++
@@ -223,7 +230,7 @@ async function microphone(on) {
 
 const careful = act => async event => {
   if (event) event.preventDefault()
-  try { await act(event) } catch (error) { if (error.status !== 401) tell(error.name === 'NotAllowedError' ? 'The browser does not allow the microphone here.' : error.message) }
+  try { await act(event) } catch (error) { if (error.status !== 401) tell(error.name === 'NotAllowedError' ? 'The browser does not allow the microphone; allow it beside the address above, then try again.' : error.message) }
 }
 const interrupt = () => send({type: 'interrupt'})
 
@@ -250,7 +257,7 @@ $('say').onsubmit = careful(async () => {
   await api('POST', `/v1/sessions/${call.session}/say`, JSON.stringify({text}))
   $('text').value = ''
 })
-$('gate').onclose = careful(async () => { sessionStorage.setItem('token', $('token').value); await listAvatars() })
+$('gate').onclose = careful(async () => { if ($('token').value) { sessionStorage.setItem('token', $('token').value); await listAvatars() } else tell('Without its token this server does nothing; reload the page to enter it.', true) })
 document.addEventListener('keydown', event => { if (event.key === 'Escape' && document.body.dataset.state === 'live') interrupt() })
 window.addEventListener('pagehide', () => { if (call.session) fetch(`/v1/sessions/${call.session}`, {method: 'DELETE', headers: headers(), keepalive: true}) })
 setInterval(() => send({type: 'ping'}), 3000)
