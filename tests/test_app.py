@@ -61,8 +61,7 @@ def page(served, browser):
     yield browser
     assert not browser.outgoing() and not browser.errors
     browser.do('Page.navigate', url='about:blank')
-    wait_for(lambda: not workshop.sessions.known, what='an empty workshop')
-    assert {path.name for path in workshop.folder.iterdir()} <= {'demo', 'vibe_edit_history'} and not workshop.line.tickets
+    wait_for(lambda: not workshop.sessions.known and not workshop.line.tickets and {path.name for path in workshop.folder.iterdir()} <= {'demo', 'vibe_edit_history'}, what='an empty workshop')
 
 
 def said(page, field): return page.run(f"document.querySelector('#{field} .prose').innerText.trim()")
