@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = get_config(path=ROOT)
 SKIPPED = set(SETTINGS.tst_flags.split())
 EXPORTED = {'export', 'exports', 'exporti'}
-NOTEBOOKS = sorted(path for path in (ROOT/'nbs').glob('[!_.]*.ipynb'))
+NOTEBOOKS = sorted(path for path in (ROOT/'nbs').glob('[!_.]*.ipynb') if '#| default_exp' in path.read_text(encoding='utf-8'))  # the others have no module; nbdev_test runs them
 START = 'import {module} as _module\nglobals().update({{name: value for name, value in vars(_module).items() if not name.startswith("__")}})'
 
 
@@ -44,9 +44,9 @@ def test_notebook(path, monkeypatch):
     if notebook.frontmatter_.get('skip_exec'): pytest.skip('the notebook asks not to be run')
     shell, module = CaptureShell(path), module_of(notebook)
     with working_directory(path.parent):
-        if module: shell.run_cell(START.format(module=module))
+        shell.run_cell(START.format(module=module))
         shell.run_all(notebook, exc_stop=True, preproc=left_out)
-    if module: assert Path(sys.modules[module].__file__).parent == ROOT/SETTINGS.lib_name
+    assert Path(sys.modules[module].__file__).parent == ROOT/SETTINGS.lib_name
     shell.reset(new_session=False)
     if 'matplotlib.pyplot' in sys.modules: sys.modules['matplotlib.pyplot'].close('all')
     gc.collect()
