@@ -6,7 +6,7 @@
 __all__ = ['STUDIO_KNOBS', 'LIMITS', 'LARGEST_SHOWN', 'RunLog', 'run_state', 'lasting', 'curves', 'training_monitor', 'button',
            'dub_studio', 'busy', 'studio_settings', 'avatar_control', 'figures_table']
 
-# %% ../nbs/70_studio.ipynb #6da68756
+# %% ../nbs/70_studio.ipynb #1d451497
 import json
 import time as clock
 from html import escape
@@ -14,6 +14,7 @@ from pathlib import Path
 from threading import Event, Thread
 
 import numpy as np
+from fastcore.basics import patch
 from ipywidgets import HTML, Accordion, Audio, BoundedFloatText, BoundedIntText, Button, Checkbox, Dropdown, HBox, IntProgress, Layout, SelectMultiple, Text, VBox, Video
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -32,7 +33,7 @@ from .stages import LOOPS, DubSettings
 from .stream import AvatarStream
 from .widgets import FOOTAGE, SOUNDS, SPEECH, VIDEOS, Panel, Picker, drawn, jpeg, pairs, slider, view
 
-# %% ../nbs/70_studio.ipynb #e0e3d5eb
+# %% ../nbs/70_studio.ipynb #417f1992
 class RunLog:
     "The log of a training run, read as far as it is written"
     def __init__(self,
@@ -57,24 +58,28 @@ class RunLog:
         for line in filter(None, lines): self._take(line)
         return bool(lines)
 
-    def _take(self, line):
-        try: row = json.loads(line); row['step'] = int(row['step'])
-        except (ValueError, KeyError, TypeError): self.damaged += 1; return
-        def again(last): return last['step'] > row['step'] or last['step'] == row['step'] and ('seconds' in row or 'seconds' not in last)
-        while self.rows and again(self.rows[-1]): self.rows.pop() # resumed further back; a validation follows the step's own line
-        self.rows.append(row)
+# %% ../nbs/70_studio.ipynb #c84c7f40
+@patch
+def _take(self:RunLog, line):
+    try: row = json.loads(line); row['step'] = int(row['step'])
+    except (ValueError, KeyError, TypeError): self.damaged += 1; return
+    def again(last): return last['step'] > row['step'] or last['step'] == row['step'] and ('seconds' in row or 'seconds' not in last)
+    while self.rows and again(self.rows[-1]): self.rows.pop() # resumed further back; a validation follows the step's own line
+    self.rows.append(row)
 
-    def curve(self, name:str) -> tuple: # steps [n], values [n]
-        "All values of one name"
-        pairs_ = [(row['step'], row[name]) for row in self.rows if isinstance(row.get(name), (int, float))]
-        return np.array(pairs_, float).reshape(-1, 2).T
+@patch
+def curve(self:RunLog, name:str) -> tuple: # steps [n], values [n]
+    "All values of one name"
+    pairs_ = [(row['step'], row[name]) for row in self.rows if isinstance(row.get(name), (int, float))]
+    return np.array(pairs_, float).reshape(-1, 2).T
 
-    def names(self) -> list:
-        "What there are curves of, the losses before the rest"
-        found = {name: None for row in self.rows for name in row if name not in ('step', 'seconds')}
-        return sorted(found, key=lambda name: (name != 'loss', not name.startswith('val'), name in ('rate', 'norm'), name))
+@patch
+def names(self:RunLog) -> list:
+    "What there are curves of, the losses before the rest"
+    found = {name: None for row in self.rows for name in row if name not in ('step', 'seconds')}
+    return sorted(found, key=lambda name: (name != 'loss', not name.startswith('val'), name in ('rate', 'norm'), name))
 
-# %% ../nbs/70_studio.ipynb #d0437f18
+# %% ../nbs/70_studio.ipynb #faee15ab
 def run_state(
     log:RunLog, # Read
     steps:int=0, # Of the whole run; 0: not known
@@ -90,11 +95,13 @@ def run_state(
     state = 'stopped' if quiet > max(60, 4*gaps[-1][1]) else 'running'
     return dict(state=state, step=step, seconds=seconds, left=(steps - step)*seconds if steps and state == 'running' else None)
 
+# %% ../nbs/70_studio.ipynb #607e4701
 def lasting(seconds:float)->str: # Such as '2 h 05 min'
     "A length of time for people"
     minutes = int(seconds/60 + .5)
     return f'{seconds:.0f} s' if seconds < 90 else f'{minutes} min' if minutes < 60 else f'{minutes//60} h {minutes % 60:02d} min'
 
+# %% ../nbs/70_studio.ipynb #c554e6eb
 def curves(
     log:RunLog, # Read
     names:list, # Which, one small chart each
@@ -119,7 +126,7 @@ def curves(
     figure.tight_layout(pad=.6)
     return drawn(figure)
 
-# %% ../nbs/70_studio.ipynb #3c584aa8
+# %% ../nbs/70_studio.ipynb #41b8fc14
 def training_monitor(
     folder:str|Path, # Output folder of the run; it may not be there yet
     steps:int=0, # Of the whole run, for the time that is left; 0: not known
@@ -138,22 +145,32 @@ def training_monitor(
     _monitor_wiring(panel, every)
     return panel
 
-# %% ../nbs/70_studio.ipynb #abeff8f7
+# %% ../nbs/70_studio.ipynb #6e7dc750
+def _monitor_draw(panel):
+    "Show what is set"
+    state = panel.state
+    if not state.log.rows: return
+    with panel.trying():
+        chosen = list(panel['names'].value)[:12]
+        panel['picture'].value = jpeg(curves(state.log, chosen, panel['smooth'].value, panel['log'].value))
+
+# %% ../nbs/70_studio.ipynb #87a4bee0
+def _monitor_tell(panel):
+    "Show what is set"
+    state = panel.state
+    facts = run_state(state.log, panel['steps'].value)
+    if facts['state'] == 'waiting': panel['status'].value = f'waiting for <code>{escape(str(state.log.path))}</code>'; return
+    known = f" of {panel['steps'].value}" if panel['steps'].value else ''
+    colour = dict(running='#1a7f37', stopped='#b00020', finished='#30638e')[facts['state']]
+    panel['status'].value = (f"<b style='color:{colour}'>{facts['state']}</b>: step {facts['step']}{known}, {facts['seconds']:.3g} s a step" + (f", {lasting(facts['left'])} left" if facts['left'] else '')
+                             + (f'; {state.log.damaged} unreadable lines were left out' if state.log.damaged else ''))
+
+# %% ../nbs/70_studio.ipynb #172eb3c4
 def _monitor_wiring(panel, every):
     "What happens when a run goes on, or something of its monitor is turned"
     state = panel.state
-    def draw():
-        if not state.log.rows: return
-        with panel.trying():
-            chosen = list(panel['names'].value)[:12]
-            panel['picture'].value = jpeg(curves(state.log, chosen, panel['smooth'].value, panel['log'].value))
-    def tell():
-        facts = run_state(state.log, panel['steps'].value)
-        if facts['state'] == 'waiting': panel['status'].value = f'waiting for <code>{escape(str(state.log.path))}</code>'; return
-        known = f" of {panel['steps'].value}" if panel['steps'].value else ''
-        colour = dict(running='#1a7f37', stopped='#b00020', finished='#30638e')[facts['state']]
-        panel['status'].value = (f"<b style='color:{colour}'>{facts['state']}</b>: step {facts['step']}{known}, {facts['seconds']:.3g} s a step" + (f", {lasting(facts['left'])} left" if facts['left'] else '')
-                                 + (f'; {state.log.damaged} unreadable lines were left out' if state.log.damaged else ''))
+    def draw(): _monitor_draw(panel)
+    def tell(): _monitor_tell(panel)
     def look(always=False):
         with panel.trying():
             fresh = state.log.read()
@@ -178,7 +195,7 @@ def _monitor_wiring(panel, every):
     look(True)
     Thread(target=keep_looking, daemon=True, name='musetalk-monitor').start()
 
-# %% ../nbs/70_studio.ipynb #b929c08a
+# %% ../nbs/70_studio.ipynb #d668a411
 STUDIO_KNOBS = dict(bbox_shift=(0, -80, 80, 1), left_cheek_width=(90, 0, 256, 2), right_cheek_width=(90, 0, 256, 2), upper_boundary_ratio=(.5, 0., 1., .02), feather=(.05, 0., .25, .01), sharpen=(.8, 0., 4., .1)) # value, least, most, step
 LIMITS = AppLimits(speech_seconds=3600.) # of footage and speech
 LARGEST_SHOWN = 60_000_000 # bytes of a video that is sent to the page
@@ -187,6 +204,7 @@ def button(text:str, kind:str='', tip:str='')->Button:
     "A button with room for its text"
     return Button(description=text, button_style=kind, tooltip=tip or text, layout=Layout(width='150px'))
 
+# %% ../nbs/70_studio.ipynb #7c9d2e41
 def dub_studio(
     video:str|Path|None=None, # Video, picture or folder; None: an example
     audio:str|Path|None=None, # Speech; None: an example
@@ -210,7 +228,7 @@ def dub_studio(
     _studio_wiring(panel, footage, speech, bundle)
     return panel
 
-# %% ../nbs/70_studio.ipynb #c238b788
+# %% ../nbs/70_studio.ipynb #815d8e0c
 def busy(panel:Panel, now:bool):
     "Grey out what makes no sense while something runs, or does not"
     for name in ('preview', 'dub', 'video', 'audio', 'upload', 'speech', 'out'): panel[name].disabled = now
@@ -218,6 +236,7 @@ def busy(panel:Panel, now:bool):
     panel['bar'].layout.visibility = 'visible' if now else 'hidden'
     panel['bar'].value, panel['progress'].value, panel['bar'].bar_style = 0, '', 'info'
 
+# %% ../nbs/70_studio.ipynb #c5cda2fc
 def _counting(panel, total, stopped):
     "What a watched bundle tells: moves the bar, or ends the work"
     start = clock.perf_counter()
@@ -228,24 +247,29 @@ def _counting(panel, total, stopped):
         panel['progress'].value = f'{done} of {total} frames' + (f', {lasting(took*(total - done)/done)} left' if done else '')
     return told
 
+# %% ../nbs/70_studio.ipynb #a857f848
 def studio_settings(panel:Panel)->dict: # Values of `DubSettings`, those that are not as usual
     "What was set in a studio"
     usual = DubSettings()
     given = {name: panel[name].value for name in STUDIO_KNOBS} | dict(loop=panel['loop'].value, face=panel['face'].value.strip())
     return {name: value for name, value in given.items() if value != getattr(usual, name)}
 
-# %% ../nbs/70_studio.ipynb #0f66302b
+# %% ../nbs/70_studio.ipynb #46b9f479
+def _work(panel, task, show, doing):
+    "Do something that can be cancelled"
+    panel.state.stopped.clear()
+    busy(panel, True)
+    def guarded():
+        try: return task()
+        finally: busy(panel, False)
+    panel.start(guarded, show, doing)
+
+# %% ../nbs/70_studio.ipynb #8d3a14b7
 def _studio_wiring(panel, footage, speech, bundle):
     "What the buttons of a dub studio do"
     state = panel.state
     state.report, state.stopped = None, Event()
-    def work(task, show, doing):
-        state.stopped.clear()
-        busy(panel, True)
-        def guarded():
-            try: return task()
-            finally: busy(panel, False)
-        panel.start(guarded, show, doing)
+    def work(*given): _work(panel, *given)
     def facts():
         with panel.trying():
             panel['report'].value, texts = '', (check_face(footage.path, LIMITS), check_voice(speech.path, LIMITS))
@@ -267,7 +291,7 @@ def _studio_wiring(panel, footage, speech, bundle):
     busy(panel, False)
     facts()
 
-# %% ../nbs/70_studio.ipynb #193ca687
+# %% ../nbs/70_studio.ipynb #87e3a3f8
 def _dubbed(panel, video, audio, out, bundle, settings):
     "The work itself, in its thread"
     check_face(video, LIMITS); check_voice(audio, LIMITS)
@@ -284,7 +308,7 @@ def _played(panel, report):
                              + (f'; {report.frames_missed} frames show no face and are as they were' if report.frames_missed else '') + ('' if size <= LARGEST_SHOWN else '; it is too large to be played here, open the file'))
     panel.tell('The speech is silent, so the mouth was given nothing to say.' if report.silent else '', wrong=report.silent)
 
-# %% ../nbs/70_studio.ipynb #95473e60
+# %% ../nbs/70_studio.ipynb #251cc9d9
 def avatar_control(
     video:str|Path|None=None, # Video, picture or folder; None: an example
     audio:str|Path|None=None, # Speech; None: an example
@@ -302,6 +326,7 @@ def avatar_control(
     _avatar_wiring(panel, footage, speech, bundle, pictures)
     return panel
 
+# %% ../nbs/70_studio.ipynb #cbf0803c
 def figures_table(facts:dict)->str: # HTML
     "What `AvatarStream.figures` says, for people"
     stages = facts['milliseconds_per_frame']
@@ -309,12 +334,13 @@ def figures_table(facts:dict)->str: # HTML
             'look-ahead': f"{facts['latency_ms']} ms", 'work per frame': f"{sum(stages.values()):.0f} ms ({', '.join(f'{name} {value:.0f}' for name, value in stages.items())})"}
     return '<table style="margin-left:16px; line-height:1.5">' + ''.join(f'<tr><td style="padding-right:14px; color:#5f6368">{name}</td><td>{value}</td></tr>' for name, value in rows.items()) + '</table>'
 
-# %% ../nbs/70_studio.ipynb #fed4956f
+# %% ../nbs/70_studio.ipynb #6adbac5b
 def _alive(panel, now):
     "Grey out what makes no sense now"
     for name in ('start', 'video', 'upload'): panel[name].disabled = now
     for name in ('say', 'interrupt', 'stop'): panel[name].disabled = not now
 
+# %% ../nbs/70_studio.ipynb #d10e41cd
 def _show_stream(panel, stream, pictures):
     "The life of a stream on the page, in its thread"
     state, shown, told, spoken = panel.state, 0., 0., None
@@ -333,7 +359,28 @@ def _show_stream(panel, stream, pictures):
         panel['player'].value = b''
         _alive(panel, False)
 
-# %% ../nbs/70_studio.ipynb #49b19912
+# %% ../nbs/70_studio.ipynb #689c0a0e
+def _opened(panel, video, bundle):
+    "A stream of a face, prepared"
+    try: return AvatarStream(Avatar.prepare(video, 'face', loaded(bundle), panel.scratch.name, progress=False), check=False)
+    except BaseException: panel['start'].disabled = False; raise
+
+def _say(panel, speech):
+    "Let the face speak, from a thread that waits for room"
+    state = panel.state
+    def pushed(stream, samples):
+        try: stream.push(samples); stream.end()
+        except MuseTalkError as error: stream.closed or panel.tell(error, wrong=True)
+    with panel.trying():
+        stream, samples = state.stream, load_audio(speech.path)
+        if stream is None: raise ConfigError('Nobody is there; press Start first.')
+        if len(samples) > 16000*LIMITS.speech_seconds: raise MediaError(f'{speech.path} is longer than an hour; cut it.')
+        if np.abs(samples).max() < 1e-4: raise MediaError(f'{speech.path} is silent; there is nothing to say.')
+        state.sound = wav_bytes(samples)
+        Thread(target=pushed, args=(stream, samples), daemon=True, name='musetalk-say').start()
+        panel.tell(f'{len(samples)/16000:.1f} s of speech are on their way.')
+
+# %% ../nbs/70_studio.ipynb #358ae0ff
 def _avatar_wiring(panel, footage, speech, bundle, pictures):
     "What the buttons of an avatar control do"
     state = panel.state
@@ -343,27 +390,13 @@ def _avatar_wiring(panel, footage, speech, bundle, pictures):
             video = footage.path
             check_face(video, LIMITS)
             panel['start'].disabled = True
-            panel.start(lambda: opened(video), begin, 'Preparing the face')
-    def opened(video):
-        try: return AvatarStream(Avatar.prepare(video, 'face', loaded(bundle), panel.scratch.name, progress=False), check=False)
-        except BaseException: panel['start'].disabled = False; raise
+            panel.start(lambda: _opened(panel, video, bundle), begin, 'Preparing the face')
     def begin(stream):
         state.stream = stream
         _alive(panel, True)
         state.loop = Thread(target=_show_stream, args=(panel, stream, pictures), daemon=True, name='musetalk-live')
         state.loop.start()
-    def say(_):
-        with panel.trying():
-            stream, samples = state.stream, load_audio(speech.path)
-            if stream is None: raise ConfigError('Nobody is there; press Start first.')
-            if len(samples) > 16000*LIMITS.speech_seconds: raise MediaError(f'{speech.path} is longer than an hour; cut it.')
-            if np.abs(samples).max() < 1e-4: raise MediaError(f'{speech.path} is silent; there is nothing to say.')
-            state.sound = wav_bytes(samples)
-            Thread(target=pushed, args=(stream, samples), daemon=True, name='musetalk-say').start()
-            panel.tell(f'{len(samples)/16000:.1f} s of speech are on their way.')
-    def pushed(stream, samples):
-        try: stream.push(samples); stream.end()
-        except MuseTalkError as error: not stream.closed and panel.tell(error, wrong=True)
+    def say(_): _say(panel, speech)
     def interrupt(_):
         with panel.trying():
             if state.stream is None: raise ConfigError('Nobody is there; press Start first.')

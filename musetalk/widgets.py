@@ -67,7 +67,7 @@ class Panel(VBox):
         colour = '#b00020' if wrong else '#5f6368'
         self.note.value = f'<div role="status" style="color:{colour}; line-height:1.4; padding:4px 2px">{escape(self.message)}</div>'
 
-# %% ../nbs/70_widgets.ipynb #92849f97
+# %% ../nbs/70_widgets.ipynb #19cbd0f7
 @patch
 @contextmanager
 def trying(self:Panel):
@@ -79,6 +79,7 @@ def trying(self:Panel):
         logger.exception('a widget failed')
         self.tell(f'This did not work ({type(error).__name__}: {error}); what is shown is as before.', wrong=True)
 
+# %% ../nbs/70_widgets.ipynb #fd81d09a
 @patch
 def start(self:Panel,
     work, # Function () -> result, run in a thread
@@ -101,7 +102,7 @@ def start(self:Panel,
     self.threads = [thread for thread in self.threads if thread.is_alive()] + [Thread(target=run, daemon=True, name='musetalk-widget')]
     self.threads[-1].start()
 
-# %% ../nbs/70_widgets.ipynb #110ebb8c
+# %% ../nbs/70_widgets.ipynb #2a2d9bfb
 @patch
 def wait(self:Panel,
     seconds:float=120, # At most
@@ -118,6 +119,7 @@ def watch(self:Panel,
     "Call a function after each change"
     for name in names: self[name].observe(lambda change: self.settling or react(), 'value')
 
+# %% ../nbs/70_widgets.ipynb #c72e338a
 @patch
 @contextmanager
 def at_once(self:Panel,
@@ -129,7 +131,7 @@ def at_once(self:Panel,
     finally: self.settling = False
     react()
 
-# %% ../nbs/70_widgets.ipynb #09c7d026
+# %% ../nbs/70_widgets.ipynb #37848449
 LARGEST_UPLOAD = 7_000_000 # bytes; as text in a message of Jupyter's it grows by a third, and 10 MB is the limit
 SOUNDS = {'.wav', '.mp3', '.flac', '.ogg', '.m4a', '.aac', '.opus'}
 VIDEOS = {'.mp4', '.mov', '.mkv', '.webm', '.avi', '.m4v'}
@@ -157,7 +159,7 @@ class Picker(HBox):
         found = self.uploads.get(name) or self.examples.get(name) or Path(name).expanduser()
         return Path(found() if callable(found) else found)
 
-# %% ../nbs/70_widgets.ipynb #1106114f
+# %% ../nbs/70_widgets.ipynb #9e664a6b
 @patch
 def into(self:Picker,
     panel:Panel, # Keeps the uploads and tells what is wrong with them
@@ -178,11 +180,12 @@ def into(self:Picker,
     self.button.observe(uploaded, 'value')
     self.field.observe(lambda change: react(), 'value')
 
+# %% ../nbs/70_widgets.ipynb #2586cab8
 def uploaded_file(name:str, content:bytes)->dict: # One item of a `FileUpload`'s value
     "What a browser sends, for programs and tests"
     return dict(name=name, type='', size=len(content), content=memoryview(content), last_modified=datetime.now(timezone.utc))
 
-# %% ../nbs/70_widgets.ipynb #f56f5d58
+# %% ../nbs/70_widgets.ipynb #d6ddbc2d
 def jpeg(
     picture:np.ndarray, # RGB uint8 [H,W,3]
     quality:int=88, # 1 to 100
@@ -198,6 +201,7 @@ def drawn(
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
+# %% ../nbs/70_widgets.ipynb #0f2dc918
 def view() -> Image: # Empty
     "A place for a picture"
     return Image(format='jpeg', value=jpeg(np.full((8, 8, 3), 255, np.uint8)), layout=Layout(max_width='100%', object_fit='contain', align_self='flex-start'))
@@ -211,7 +215,7 @@ def pairs(*parts): # Two by two, so that a narrow page can put them below each o
     "Rows of controls"
     return HBox(parts, layout=Layout(flex_flow='row wrap', align_items='center'))
 
-# %% ../nbs/70_widgets.ipynb #1cb5004d
+# %% ../nbs/70_widgets.ipynb #b9e5dedf
 @dataclass
 class TrackedClip:
     "A few frames with the face in each"
@@ -222,6 +226,7 @@ class TrackedClip:
         "Where to begin"
         return next(number for number, record in enumerate(self.records) if record.found)
 
+# %% ../nbs/70_widgets.ipynb #fae46850
 def tracked_clip(
     path:str|Path, # Video, picture, or folder of pictures
     most:int=25, # Frames from the start; fewer of very large ones
@@ -235,6 +240,7 @@ def tracked_clip(
         raise FaceError(f'No face was found in {path} ({len(frames)} frame{"s"*(len(frames) > 1)} looked at); choose footage that shows a face from the front.')
     return TrackedClip(frames, records)
 
+# %% ../nbs/70_widgets.ipynb #e6fb0652
 @cache
 def _scratch(): return tempfile.TemporaryDirectory(prefix='musetalk-')
 
@@ -246,7 +252,7 @@ def demo_clip() -> Path: # One second, 360 pixels wide
 
 FOOTAGE, SPEECH = {'astronaut (example)': demo_clip}, {'speech (example)': demo_speech} # of the pickers
 
-# %% ../nbs/70_widgets.ipynb #c7be21a8
+# %% ../nbs/70_widgets.ipynb #6890e92b
 def crop_view(
     image:np.ndarray, # RGB uint8 [H,W,3]
     record, # `FaceRecord` with a face
@@ -267,7 +273,7 @@ def crop_view(
     if points: crop = draw_landmarks(crop, landmarks_in_crop(record.landmarks, box))
     return contact_sheet([shown, crop], ['frame', 'crop, 256x256: what the network is given'], height), box
 
-# %% ../nbs/70_widgets.ipynb #a910ab25
+# %% ../nbs/70_widgets.ipynb #dabcf58f
 def crop_explorer(
     video:str|Path|None=None, # Video, picture or folder; None: an example
     most:int=25, # Frames to look at
@@ -276,7 +282,7 @@ def crop_explorer(
     picker = Picker('footage', FOOTAGE, VIDEOS | PICTURES, str(video or next(iter(FOOTAGE))))
     rule = Dropdown(options={'rigid: eyes and nose (ours)': 'rigid', 'half face: nose bridge and chin (MuseTalk)': 'half_face'}, description='crop rule', style=dict(description_width='110px'), layout=Layout(width='410px', max_width='98%'))
     frame, play = slider('frame', 0, 0, 0), Play(interval=250, max=0, show_repeat=False)
-    jslink((play, 'value'), (frame, 'value'))
+    jslink((frame, 'value'), (play, 'value')) # in this order a page that is opened takes over the frame
     shift, margin, scale = slider('bbox_shift', 0, -80, 80, tip='moves the box down, pixels'), slider('extra_margin', 0, -40, 80, tip='grows the box below, pixels'), slider('scale', 1., .7, 1.5, .05, 'grows the rigid box about its centre')
     points, mask = (Checkbox(value=True, description=name, indent=False, layout=Layout(width='120px')) for name in ('landmarks', 'mask'))
     picture, facts = view(), HTML()
@@ -285,22 +291,26 @@ def crop_explorer(
     _crop_wiring(panel, picker, play, most)
     return panel
 
-# %% ../nbs/70_widgets.ipynb #3c97c62e
+# %% ../nbs/70_widgets.ipynb #0029d2b0
+def _crop_draw(panel):
+    "Show what is set"
+    if panel.state.clip is None: return
+    with panel.trying():
+        image, record = panel.state.clip.frames[panel['frame'].value], panel.state.clip.records[panel['frame'].value]
+        if not record.found: raise FaceError(f"Frame {panel['frame'].value} shows no face; it would be passed through unchanged.")
+        rule = CropRule(panel['rule'].value, panel['shift'].value, panel['margin'].value, panel['scale'].value)
+        try: sheet, box = crop_view(image, record, rule, panel['points'].value, panel['mask'].value)
+        except ValueError as error: raise FaceError(f'There is no such crop: {error}.') from error
+        panel.state.box, panel['picture'].value = box, jpeg(sheet)
+        low, high = suggested_shift_range(record.landmarks)
+        panel['facts'].value = (f'box {box}, {box[2] - box[0]}×{box[3] - box[1]} pixels; MuseTalk suggests a <code>bbox_shift</code> from {low} to {high} for this face')
+        panel.tell('')
+
+# %% ../nbs/70_widgets.ipynb #74ce6ebd
 def _crop_wiring(panel, picker, play, most):
     "What happens when something of a crop explorer is turned"
     panel.state.clip = None
-    def draw():
-        if panel.state.clip is None: return
-        with panel.trying():
-            image, record = panel.state.clip.frames[panel['frame'].value], panel.state.clip.records[panel['frame'].value]
-            if not record.found: raise FaceError(f"Frame {panel['frame'].value} shows no face; it would be passed through unchanged.")
-            rule = CropRule(panel['rule'].value, panel['shift'].value, panel['margin'].value, panel['scale'].value)
-            try: sheet, box = crop_view(image, record, rule, panel['points'].value, panel['mask'].value)
-            except ValueError as error: raise FaceError(f'There is no such crop: {error}.') from error
-            panel.state.box, panel['picture'].value = box, jpeg(sheet)
-            low, high = suggested_shift_range(record.landmarks)
-            panel['facts'].value = (f'box {box}, {box[2] - box[0]}×{box[3] - box[1]} pixels; MuseTalk suggests a <code>bbox_shift</code> from {low} to {high} for this face')
-            panel.tell('')
+    def draw(): _crop_draw(panel)
     def show(clip):
         panel.state.clip = clip
         play.max = panel['frame'].max = len(clip.frames) - 1
