@@ -346,7 +346,7 @@ def _png_round(image): # as a frame passes through a file
         cv2.imwrite(f'{folder}/frame.png', image)
         return cv2.imread(f'{folder}/frame.png')
 
-# %% ../nbs/66_bench.ipynb #1d5ec203
+# %% ../nbs/66_bench.ipynb #9f04ab8f
 def bench_model(
     size:str='full', # 'full': the official size; 'small': one for tests
     device:str|None=None, # 'cuda', 'cpu'; None chooses
@@ -365,31 +365,29 @@ def _bench_cpu(size, batch, times):
     from musetalk.fast import quick_bundle
     from musetalk.parsing import FaceParser
     from musetalk.vae import mask_lower_half
-    plain = random_model(size)
-    quick, network = quick_bundle(_sharing_copy(plain), True), plain.painter.network
-    small, parser = _small_decoder_of(quick), FaceParser().eval()
-    quick.vae = small.big
-    pictures = torch.rand(batch, 3, 256, 256)*2 - 1
-    pair = torch.cat([mask_lower_half(pictures), pictures])
-    latents, tokens, face = torch.randn(batch, 8, 32, 32), torch.randn(batch, 50, network.config.cross_attention_dim), torch.randn(1, 3, 512, 512)
-    frame = cv2.resize(demo_portrait(), (704, 1216))
-    stages = dict( # reference, ours; frames of each
-        encode=(lambda: [plain.vae.encode(pair[number:number + 1]) for number in (0, batch)], lambda: quick.vae.encode(pair[[0, batch]]), 1),
-        unet=(lambda: plain.painter(latents, tokens), lambda: quick.painter(latents, tokens), batch),
-        decoder=(lambda: plain.vae.decode(latents[:, :4]), lambda: quick.vae.decode(latents[:, :4]), batch))
-    stages['small decoder'] = stages['decoder'][0], lambda: small.decode(latents[:, :4]), batch
+    bundle, parser = random_model(size), FaceParser().eval()
+    pictures = torch.rand(1, 3, 256, 256)*2 - 1
+    pair, latents, face = torch.cat([mask_lower_half(pictures), pictures]), torch.randn(batch, 8, 32, 32), torch.randn(1, 3, 512, 512)
+    tokens, frame, plain = torch.randn(batch, 50, bundle.painter.network.config.cross_attention_dim), cv2.resize(demo_portrait(), (704, 1216)), _sharing_copy(bundle).vae
     results, found = {}, {}
-    for name, (reference, ours, count) in stages.items():
-        if name in ('unet', 'decoder'): results[name] = reference(), ours() # also warms up
-        else: ours()
-        taken = [(_taken(reference) if name != 'small decoder' else None, _taken(ours)) for _ in range(times)]
-        theirs, mine = (min(side)/count if side[0] is not None else found['decoder'][0] for side in zip(*taken))
-        found[name] = theirs, mine
+    flops = dict(unet=model_flops(lambda: results.update(unet=bundle.painter(latents, tokens)))/batch)
+    paints = _taken(lambda: bundle.painter(latents, tokens), times)/batch
+    quick = quick_bundle(bundle, True) # in place: two copies of the UNet would take 10 GB
+    small, vae = _small_decoder_of(quick), quick.vae
+    vae = getattr(vae, 'big', vae)
+    results['unet'] = results['unet'], bundle.painter(latents, tokens)
+    found['unet'] = paints, _taken(lambda: bundle.painter(latents, tokens), times)/batch
+    flops |= dict(encode=2*model_flops(lambda: plain.encode(pair[:1])), decoder=model_flops(lambda: results.update(decoder=plain.decode(latents[:1, :4]))))
+    results['decoder'] = results['decoder'], vae.decode(latents[:1, :4])
+    vae.encode(pair), small.decode(latents[:1, :4])
+    taken = [[_taken(work) for work in (lambda: [plain.encode(picture) for picture in pair.split(1)], lambda: vae.encode(pair), lambda: plain.decode(latents[:1, :4]), lambda: vae.decode(latents[:1, :4]), lambda: small.decode(latents[:1, :4]))] for _ in range(times)]
+    encode, mine, decode, our, tiny = (min(stage) for stage in zip(*taken))
+    found |= {'encode': (encode, mine), 'decoder': (decode, our), 'small decoder': (decode, tiny)}
     parse, files = _taken(lambda: parser(face), times), 2*_taken(lambda: _png_round(frame), times)
-    return _model_figures(plain, found, results, parse, files, dict(batch=batch, times=times), latents, tokens, pair)
+    return _model_figures(bundle.config['name'], flops, found, results, parse, files, dict(batch=batch, times=times))
 
-# %% ../nbs/66_bench.ipynb #5d6bed0e
-def _model_figures(plain, found, results, parse, files, settings, latents, tokens, pair):
+# %% ../nbs/66_bench.ipynb #a9e38eaa
+def _model_figures(name, flops, found, results, parse, files, settings):
     def faster(theirs, ours): return dict(reference_ms=round(theirs, 1), ours_ms=round(ours, 1), faster=round(theirs/ours, 2))
     def added(*names): return tuple(sum(found[name][side] for name in names) for side in (0, 1))
     stages = {name: faster(*pair) for name, pair in found.items()} | {
@@ -400,10 +398,9 @@ def _model_figures(plain, found, results, parse, files, settings, latents, token
     theirs, ours = added('unet', 'decoder')
     job['footage repeated'] = faster(theirs + parse + files/2, ours)
     job['footage repeated, small decoder'] = faster(theirs + parse + files/2, added('unet', 'small decoder')[1])
-    flops = dict(encode=2*model_flops(lambda: plain.vae.encode(pair[:1])), unet=model_flops(lambda: plain.painter(latents[:1], tokens[:1])), decoder=model_flops(lambda: plain.vae.decode(latents[:1, :4])))
     rate = matrix_rate()
     errors = {name: float((mine - theirs).norm()/theirs.norm()) for name, (theirs, mine) in results.items()}
-    return dict(measured='milliseconds of processor time for a frame, all threads together', machine=machine_kind(), date=date.today().isoformat(), threads=_threads(), model=plain.config['name'], **settings,
+    return dict(measured='milliseconds of processor time for a frame, all threads together', machine=machine_kind(), date=date.today().isoformat(), threads=_threads(), model=name, **settings,
                 stages=stages, job=job, parse_ms=round(parse, 1), files_ms=round(files, 1), gigaflops={name: round(count/1e9, 1) for name, count in flops.items()}, matrix_rate=dict(float32=round(rate, 1), bfloat16=round(matrix_rate('bfloat16', 256), 1)),
                 fraction={name: dict(reference=round(flops[name]/found[name][0]/rate/1e6, 2), ours=round(flops[name]/found[name][1]/rate/1e6, 2)) for name in flops},
                 relative_error=max(errors.values()), relative_errors=errors, peak_megabytes=round(peak_megabytes(), 1))

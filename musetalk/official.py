@@ -203,7 +203,8 @@ def load_official(
     width, wanted = encoder.dim, painter.network.config.cross_attention_dim
     if width != wanted: raise BundleError(f'{found.whisper} gives features of {width} numbers, but {found.unet} attends to {wanted}: take whisper-tiny.')
     logger.info('%s from %s on %s, %s', OFFICIAL[found.version]['name'], found.unet, device, dtype)
-    return Bundle(vae, painter, encoder, None, official_config(found.version) | dict(files=_hashes(found)), None)
+    from musetalk.fast import quick_bundle
+    return quick_bundle(Bundle(vae, painter, encoder, None, official_config(found.version) | dict(files=_hashes(found)), None))
 
 # %% ../nbs/35_official.ipynb #0ef29c1f
 def _parts(found):

@@ -169,14 +169,15 @@ def _gather(module, m, added):
                     _store(b, b.fadd(value, _load(b, other, at)) if added else value, out, at)
     b.ret_void()
 
-# %% ../nbs/36_winograd.ipynb #f5914001
+# %% ../nbs/36_winograd.ipynb #f06fe4fc
 ROWS, COLUMNS = 6, 2*LANES
 
-def _multiply(module):
-    "[rows,C] times packed [O/16,C,16] to [rows,O]; rows a multiple of 6"
-    b, (left, right, out, rows, channels, outputs) = _function(module, 'multiply', 3, 3)
+def _multiply(module, biased):
+    "[rows,C] times packed [O/16,C,16], perhaps plus a bias [O], to [rows,O]; rows a multiple of 6"
+    b, (left, right, out, bias, rows, channels, outputs) = _function(module, f'multiply_{biased}', 4, 3)
     with _loop(b, _whole(0), outputs, COLUMNS) as output, _loop(b, _whole(0), rows, ROWS) as row:
         lines, before = [b.gep(left, [b.mul(_sum(b, row, _whole(i)), channels)]) for i in range(ROWS)], b.block
+        begin = [_load(b, bias, _sum(b, output, _whole(LANES*half))) if biased else _const(0) for half in range(2)]
         head, end = (b.function.append_basic_block() for _ in range(2))
         b.branch(head)
         b.position_at_end(head)
@@ -189,14 +190,14 @@ def _multiply(module):
                 number = _spread(b, b.load(b.gep(line, [at])))
                 for half in range(2): now[2*i + half] = b.fadd(now[2*i + half], b.fmul(number, columns[half], flags=LOOSE), flags=LOOSE)
         after = b.add(channel, _whole(4))
-        for phi, first, last in [(channel, _whole(0), after)] + [(phi, _const(0), value) for phi, value in zip(sums, now)]:
+        for phi, first, last in [(channel, _whole(0), after)] + [(phi, begin[i % 2], value) for i, (phi, value) in enumerate(zip(sums, now))]:
             phi.add_incoming(first, before); phi.add_incoming(last, head)
         b.cbranch(b.icmp_signed('<', after, channels), head, end)
         b.position_at_end(end)
         for i, value in enumerate(now): _store(b, value, out, _sum(b, (b.add(row, _whole(i//2)), outputs), output, _whole(LANES*(i % 2))))
     b.ret_void()
 
-# %% ../nbs/36_winograd.ipynb #4eb80f88
+# %% ../nbs/36_winograd.ipynb #a6df30de
 def _convolve(module, m, added):
     "Convolution of tiles [first, last), `block` at a time"
     b, (picture, kernel, out, bias, other, points, products, first, last, block, across, down, height, width, channels, results, outputs) = _function(module, f'convolve_{added}', 7, 10)
@@ -209,7 +210,7 @@ def _convolve(module, m, added):
         given, made = b.mul(block, channels), b.mul(block, outputs)
         b.call(use['scatter'], [picture, points, start, count, across, down, height, width, channels, given])
         with _loop(b, _whole(0), _whole((m + 2)**2)) as point:
-            b.call(use['multiply'], [b.gep(points, [b.mul(point, given)]), b.gep(kernel, [_sum(b, (point, b.mul(channels, outputs)))]), b.gep(products, [b.mul(point, made)]), rows, channels, outputs])
+            b.call(use['multiply_0'], [b.gep(points, [b.mul(point, given)]), b.gep(kernel, [_sum(b, (point, b.mul(channels, outputs)))]), b.gep(products, [b.mul(point, made)]), bias, rows, channels, outputs])
         b.call(use[f'gather_{added}'], [products, out, bias, other, start, count, across, down, height, width, results, made, outputs])
     b.ret_void()
 
@@ -265,7 +266,7 @@ def _normalize(module, bent):
                 _store(b, _silu(b, value) if bent else value, out, b.add(target, at))
     b.ret_void()
 
-# %% ../nbs/36_winograd.ipynb #98136aac
+# %% ../nbs/36_winograd.ipynb #95acc665
 _compiling = threading.Lock()
 
 @lru_cache
@@ -285,27 +286,27 @@ def _compiled(module):
 
 @lru_cache
 def _kernels(
-    m:int=0, # Tile of a convolution; 0: normalization
+    m:int=0, # Tile of a convolution; 0: normalization and matrix product
 ) -> dict: # Callables by name
     module = ir.Module()
     with _compiling:
         if m:
-            _scatter(module, m); _multiply(module)
+            _scatter(module, m); _multiply(module, 0)
             for added in (0, 1): _gather(module, m, added); _convolve(module, m, added)
         else:
-            _moments(module)
+            _moments(module); _multiply(module, 1)
             for bent in (0, 1): _normalize(module, bent)
         return _compiled(module)
 
-# %% ../nbs/36_winograd.ipynb #6c7b281f
+# %% ../nbs/36_winograd.ipynb #3f9a3572
 _own = threading.local()
 
 def _scratch(name, *shape, zero=False): # of this thread; its contents survive, so a border that is zero stays so
     kept = _own.__dict__.setdefault('kept', {})
     key = (name, *shape) if zero else name
     size = int(np.prod(shape))
-    if key not in kept or kept[key].numel() < size: kept[key] = torch.zeros(size) if zero else torch.empty(size)
-    return kept[key][:size].view(shape)
+    if key not in kept or kept[key].size < size: kept[key] = (np.zeros if zero else np.empty)(size, np.float32)
+    return torch.from_numpy(kept[key][:size].reshape(shape)) # a tensor kept from inference mode could not be written outside it
 
 def _result(*shape):
     shelf = _own.__dict__.setdefault('shelf', {}).setdefault(shape, [])
@@ -332,7 +333,7 @@ def _shared(work, count):
     work(*edges[:2])
     for task in waiting: task.result()
 
-# %% ../nbs/36_winograd.ipynb #a89c5140
+# %% ../nbs/36_winograd.ipynb #feebceca
 def padded(
     images:torch.Tensor, # [B,C,H,W] float32
     grow:int=1, # Each pixel becomes so many in either direction
@@ -353,13 +354,13 @@ def normalized(
     "Group normalization, sums in double precision"
     (count, channels, height, width), kernels = images.shape, _kernels()
     source = images.permute(0, 2, 3, 1).contiguous()
-    sums, lock = torch.zeros(count, 2, channels, dtype=torch.float64), threading.Lock()
+    sums, lock = np.zeros((count, 2, channels)), threading.Lock()
     def measure(first, last):
-        part = torch.zeros_like(sums)
-        kernels['moments'](source.data_ptr(), part.data_ptr(), first, last, height, width, channels)
-        with lock: sums.add_(part)
+        part = np.zeros_like(sums)
+        kernels['moments'](source.data_ptr(), part.ctypes.data, first, last, height, width, channels)
+        with lock: np.add(sums, part, sums)
     _shared(measure, count*height)
-    mean, square = (sums.view(count, 2, norm.num_groups, -1).mean(3)/(height*width)).unbind(1)
+    mean, square = (torch.from_numpy(sums).view(count, 2, norm.num_groups, -1).mean(3)/(height*width)).unbind(1)
     factor = (square - mean**2 + norm.eps).rsqrt()
     spread = lambda numbers: numbers.repeat_interleave(channels//norm.num_groups, 1)
     scale = spread(factor)*norm.weight.double()
@@ -368,7 +369,7 @@ def normalized(
     _shared(lambda first, last: kernels[f'normalize_{int(bend)}'](source.data_ptr(), out.data_ptr(), scale.data_ptr(), shift.data_ptr(), first, last, height, width, channels, pad), count*height)
     return out
 
-# %% ../nbs/36_winograd.ipynb #5207859c
+# %% ../nbs/36_winograd.ipynb #3e17dd6d
 class WinogradConv2d(nn.Module):
     "A convolution of 3x3 with a border of one, for float32 on a CPU. Raises `ValueError` for a convolution that it cannot do"
     def __init__(
@@ -378,13 +379,14 @@ class WinogradConv2d(nn.Module):
         bias=None, # [O] other bias than the convolution's
     ):
         super().__init__()
-        if not fits(conv): raise ValueError(f'Winograd needs a 3x3 convolution with stride and border 1 and channels that are multiples of {LANES}, not {conv}')
-        self.m, self.inputs, self.outputs = m, conv.in_channels, conv.out_channels
+        if not fits(conv): raise ValueError(f'Winograd needs a 3x3 convolution with stride and border 1 and input channels that are a multiple of {LANES}, not {conv}')
+        self.m, self.inputs, self.shown = m, conv.in_channels, conv.out_channels
+        self.outputs = ceil(self.shown/LANES)*LANES
         filters = torch.tensor(np.array(minimal_filter(m)[1]).astype(float), dtype=torch.float32)
-        points = F.pad(torch.einsum('ia,ocab,jb->ijco', filters, conv.weight.detach().float(), filters), (0, -self.outputs % COLUMNS))
-        self.register_buffer('kernel', points.reshape((m + 2)**2, self.inputs, -1, COLUMNS).transpose(1, 2).contiguous())
+        points = F.pad(torch.einsum('ia,ocab,jb->ijco', filters, conv.weight.detach().float(), filters), (0, -self.shown % COLUMNS))
+        self.register_buffer('kernel', points.reshape((m + 2)**2, self.inputs, -1, COLUMNS).transpose(1, 2).flatten(2).contiguous())
         bias = conv.bias if bias is None else bias
-        self.register_buffer('bias', (torch.zeros(self.outputs) if bias is None else bias.detach().float()).contiguous())
+        self.register_buffer('bias', F.pad(torch.zeros(self.shown) if bias is None else bias.detach().float(), (0, self.outputs - self.shown)))
 
     def forward(self, images): return self.run(padded(images))
 
@@ -393,15 +395,15 @@ def fits(
 ) -> bool: # It can be done so
     "Whether `WinogradConv2d` can take its place"
     plain = conv.groups == 1 and {conv.kernel_size, conv.stride, conv.padding, conv.dilation} == {(3, 3), (1, 1)} and conv.stride == conv.dilation == conv.padding == (1, 1)
-    return plain and conv.padding_mode == 'zeros' and conv.in_channels % LANES == 0 and conv.out_channels % LANES == 0
+    return plain and conv.padding_mode == 'zeros' and conv.in_channels % LANES == 0
 
-# %% ../nbs/36_winograd.ipynb #254d3c1f
+# %% ../nbs/36_winograd.ipynb #d8585926
 BLOCK_BYTES = 8 << 20 # of points and products that are in work at once, in each thread
 
 def run(
     self,
     space:torch.Tensor, # [B,H+2,W+2,C] from `padded` or `normalized`
-    added:torch.Tensor=None, # [B,O,H,W] to be added
+    added:torch.Tensor=None, # [B,O,H,W] to be added; O a multiple of 8
 ) -> torch.Tensor: # [B,O,H,W], channels last
     "The convolution of a picture that has its border already. Raises `ValueError` for one smaller than a tile"
     count, height, width = space.shape[0], space.shape[1] - 2, space.shape[2] - 2
@@ -416,5 +418,5 @@ def run(
         given, made = _scratch('points', points, block, self.inputs), _scratch('products', points, block, outputs)
         call(*(tensor.data_ptr() for tensor in (space, self.kernel, out, self.bias, out if other is None else other, given, made)), first, last, block, across, down, height, width, self.inputs, self.outputs, outputs)
     _shared(work, tiles)
-    return out.permute(0, 3, 1, 2)
+    return out.permute(0, 3, 1, 2)[:, :self.shown]
 WinogradConv2d.run = run
