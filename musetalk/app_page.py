@@ -26,7 +26,8 @@ from .app import AppSession, Dubbed, Job, Trial, Workshop, try_frame, voice_miss
 from .app_intake import CONTROLS, AppLimits, check_face, check_voice, controls_for, settings_from
 from .core import ConfigError, save_image
 from .session import Refused
-from .serve import bind, check_request, is_loopback
+from .guard import check_request, is_loopback
+from .serve import bind
 from .sound import audio_duration
 
 # %% ../nbs/71_app_page.ipynb #40316871

@@ -91,7 +91,8 @@ def run_evaluate(args):
         for title, value, wanted, reached in result.targets(): print(f"{title:30} {'-' if value is None else format(value, '.3f'):>8}   {wanted:14} {'reached' if reached else 'MISSED'}")
 
 # %% ../nbs/74_cli_models.ipynb #5b7db0e9
-@command('bench', 'measure speed (`bench dub`, `bench stream`, `bench runtime`) or memory (`bench memory`)', option('what', choices=('dub', 'memory', 'stream', 'runtime'), help='what to measure'), VIDEO, AUDIO,
+@command('bench', 'measure speed or memory', option('what', choices=('dub', 'memory', 'stream', 'browser', 'runtime', 'model'),
+                help='dub: files to file; memory: of two lengths; stream: a live avatar; browser: what one receives of it; runtime: programs for the networks; model: the official one, its way and ours'), VIDEO, AUDIO,
          option('--seconds', type=float, metavar='S', help='length of the speech (default: 10 for `bench dub`, 60 for `bench stream`)'),
          option('--lengths', type=float, nargs=2, default=(10, 120), metavar='S', help='lengths for `bench memory` (default: 10 120)'),
          option('--save', metavar='FILE', help='write the figures, with the command, as JSON'),
@@ -99,14 +100,20 @@ def run_evaluate(args):
 def run_bench(args):
     "musetalk bench"
     from musetalk.core import write_json
-    if args.what == 'runtime': figures = _bench_runtime(args)
-    else:
-        from musetalk.bench import bench_dub, bench_memory, bench_stream
-        common = dict(video=args.video, audio=args.audio, bundle=args.bundle, device=args.device) | given_settings(args)
-        own = dict(lengths=tuple(args.lengths)) if args.what == 'memory' else dict(seconds=args.seconds) if args.seconds else {}
-        figures = dict(dub=bench_dub, memory=bench_memory, stream=bench_stream)[args.what](**own, **common)
+    figures = _measured(args)
     if args.save: write_json(args.save, dict(command=command_line(args.words, '--save')) | figures)
     print(as_json(figures) if args.json else '\n'.join(f"{name.replace('_', ' ')}: {value}" for name, value in figures.items()))
+
+def _measured(args):
+    if args.what == 'runtime': return _bench_runtime(args)
+    if args.what == 'browser':
+        from musetalk.browser import bench_browser
+        return bench_browser(args.bundle, args.seconds or 20)
+    from musetalk.bench import bench_dub, bench_memory, bench_model, bench_stream
+    if args.what == 'model': return bench_model(device=args.device)
+    common = dict(video=args.video, audio=args.audio, bundle=args.bundle, device=args.device) | given_settings(args)
+    own = dict(lengths=tuple(args.lengths)) if args.what == 'memory' else dict(seconds=args.seconds) if args.seconds else {}
+    return dict(dub=bench_dub, memory=bench_memory, stream=bench_stream)[args.what](**own, **common)
 
 def _bench_runtime(args):
     from datetime import date

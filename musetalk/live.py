@@ -99,7 +99,7 @@ async def admit(self:Studio,
     try:
         if self.closed: raise Refused('The server is shutting down.', 503)
         if len(self.sessions) + self.opening >= self.limits.sessions or same >= self.limits.sessions_per_address:
-            raise CapacityError(f'{len(self.sessions)} viewers are here, and there is room for no more; try again later.')
+            raise CapacityError(f'{len(self.sessions) + self.opening} viewers are here, and there is room for no more; try again later.')
         self.opening += 1
         try: stream = await self._opened(self.known(name), sample_rate)
         finally: self.opening -= 1

@@ -28,7 +28,7 @@ from fastcore.basics import patch
 from . import __version__
 from .avatar import Avatar, avatar_name
 from .core import ConfigError, MuseTalkError
-from .guard import Guard, check_request, claimed, is_loopback # noqa: F401 (the app imports one of them from here)
+from .guard import Guard, claimed, is_loopback
 from .live import Studio, Text
 from .session import Buckets, PictureEncoder, Refused, ServeLimits, pack_frame, status_of
 from .stream import CapacityError
