@@ -169,7 +169,7 @@ def wav_bytes(samples:np.ndarray)->bytes: # 16 kHz, 16 bit
         file.writeframes((samples.clip(-1, 1)*32767).astype('<i2').tobytes())
     return buffer.getvalue()
 
-# %% ../nbs/70_explorers.ipynb #17412a1b
+# %% ../nbs/70_explorers.ipynb #37b68acc
 def audio_explorer(
     audio:str|Path|None=None, # Sound file, or video with sound; None: an example
     bundle:str|Bundle='mini', # Name, folder, or a loaded bundle
@@ -178,7 +178,7 @@ def audio_explorer(
     "See what each frame of a dub would hear"
     picker = Picker('sound', SPEECH, SOUNDS | VIDEOS, str(audio or next(iter(SPEECH))))
     frame, play = slider('frame', 0, 0, 0), Play(interval=250, max=0, show_repeat=False)
-    jslink((play, 'value'), (frame, 'value'))
+    jslink((frame, 'value'), (play, 'value')) # in this order a page that is opened takes over the frame
     rate = Dropdown(options=RATES, description='frames a second', style=dict(description_width='110px'), layout=Layout(width='220px'))
     player = Audio(autoplay=False, loop=False, layout=Layout(width='300px', height='40px'))
     wide, small, facts = view(), view(), HTML()
