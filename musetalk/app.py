@@ -81,7 +81,7 @@ class Sessions:
     def _drop(self, paths): # uploads that nobody holds any more
         kept = {path for session in self.known.values() for path in session.held.values()}
         for path in map(Path, {path for path in paths if path and path not in kept}):
-            if not path.is_relative_to(self.folder) or path.is_relative_to(self.folder/'demo'): continue
+            if not path.exists() or not path.is_relative_to(self.folder) or path.is_relative_to(self.folder/'demo'): continue
             path.unlink(missing_ok=True)
             if path.parent != self.folder and not any(path.parent.iterdir()): path.parent.rmdir()
 
