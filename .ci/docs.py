@@ -100,6 +100,7 @@ def self_contained(pages, address):
     for path in pages.rglob('*.html'):
         page = FORMULA.sub(drawn, KATEX.sub('', path.read_text(encoding='utf-8')))
         above = '../'*(len(path.relative_to(pages).parts) - 1)
+        if 'rel="icon"' not in page: page = page.replace('<head>', f'<head>\n<link rel="icon" href="{above}images/icon.svg">', 1)
         path.write_text(page.replace(f'href="{address}/', f'href="{above}'), encoding='utf-8')
     for path in pages.rglob('*.css'):
         path.write_text(FOREIGN_FONT.sub('', path.read_text(encoding='utf-8')), encoding='utf-8')
