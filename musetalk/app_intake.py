@@ -88,12 +88,12 @@ class BundleChoice:
 def _official_choice(state, parser):
     crop = official_config(state.name)['crop']
     size = f'{state.total/1e9:.1f} GB'
-    return BundleChoice(state.name, OFFICIAL[state.name]['name'], state.state in ('whole', 'unchecked'), 'full', crop['name'], crop['extra_margin'], parser, f'musetalk download {state.name} ({size})')
+    return BundleChoice(state.name, OFFICIAL[state.name]['name'], state.state in ('whole', 'unchecked'), 'full', crop['name'], crop['extra_margin'] or 0, parser, f'musetalk download {state.name} ({size})')
 
 def _folder_choice(name, folder, parser):
     config, unet = read_json(Path(folder)/'bundle.json'), read_json(Path(folder)/'unet'/'config.json')
     crop = dict(name='rigid', extra_margin=0) | config.get('crop', {})
-    return BundleChoice(str(name), config['name'], True, unet.get('layout', 'full'), crop['name'], crop['extra_margin'], parser)
+    return BundleChoice(str(name), config['name'], True, unet.get('layout', 'full'), crop['name'], crop['extra_margin'] or 0, parser)
 
 # %% ../nbs/71_app_intake.ipynb #03761171
 def bundle_choices(

@@ -260,7 +260,7 @@ def bench_stream(
                 for stream in streams: stream.close()
         facts = dict(width=avatar.width, height=avatar.height, fps=str(avatar.fps), frames=avatar.frame_count, preparation=avatar.info['cost'])
         avatar.close()
-    return dict(measured='live stream, sound to finished frame, model loaded before', machine=machine_kind(), date=date.today().isoformat(), threads=_threads(), bundle=str(bundle),
+    return dict(measured='live stream, sound to finished frame, model loaded before', machine=machine_kind(), date=date.today().isoformat(), threads=_threads(), bundle=str(bundle), runtime=model.runtime,
                 avatar=facts, sustained=sustained, paced=single, first_talking_frame=first, sessions=held, peak_megabytes=round(peak_megabytes(), 1))
 
 # %% ../nbs/66_bench.ipynb #913c94fa

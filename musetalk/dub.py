@@ -66,7 +66,7 @@ class Report:
 def package_versions() -> dict: # Name to version
     "Versions that can change a result"
     found = dict(musetalk=__version__, python=platform.python_version())
-    for name in ('torch', 'diffusers', 'transformers', 'av', 'opencv-python', 'numpy', 'dlib-bin'):
+    for name in ('torch', 'diffusers', 'transformers', 'av', 'opencv-python', 'numpy', 'dlib-bin', 'openvino'):
         try: found[name] = version(name)
         except PackageNotFoundError: continue
     return found
@@ -74,7 +74,7 @@ def package_versions() -> dict: # Name to version
 # %% ../nbs/60_dub.ipynb #496759d0
 def _bundle_facts(bundle):
     "What identifies a model"
-    facts = dict(name=bundle.config['name'], device=str(bundle.device), dtype=str(bundle.dtype).removeprefix('torch.'))
+    facts = dict(name=bundle.config['name'], device=str(bundle.device), dtype=str(bundle.dtype).removeprefix('torch.'), runtime=bundle.runtime)
     if bundle.folder: return facts | dict(sha256=sha256_file(Path(bundle.folder)/'bundle.json'))
     return facts | {name: bundle.config[name] for name in ('files',) if name in bundle.config}
 

@@ -438,7 +438,8 @@ def _lead(self:AvatarStream, utterance):
     if not self.live or utterance.shown: return 0
     encoder, stream, now = self._ears, utterance.speech.stream, clock.perf_counter()
     busy = max(1, sum(bool(session._utterances) for session in self.batcher.sessions))
-    paint, hear = 1.1*busy*LEAST_BATCH*self.batcher.paint_seconds, 1.1*busy*self.batcher.hear_seconds*float(self.avatar.bundle.audio_encoder.hop)
+    frames = LEAST_BATCH if utterance.ended else min(LEAST_BATCH, ceil(encoder.hop*self.fps)) # that come together
+    paint, hear = 1.1*busy*frames*self.batcher.paint_seconds, 1.1*busy*self.batcher.hear_seconds*float(self.avatar.bundle.audio_encoder.hop)
     needed = paint
     if not utterance.ended:
         missing = stream.feature_count*FEATURE_SAMPLES + encoder.hop_samples + int(encoder.lookahead*SAMPLE_RATE) - stream.sample_count - utterance.unheard_count
