@@ -408,7 +408,7 @@ def _model_figures(name, flops, found, results, parse, files, settings):
 # %% ../nbs/66_bench.ipynb #abb8b1f7
 def _bench_cuda(size, device, times):
     import torch
-    from musetalk.fast import compile_bundle
+    from musetalk.fast import compile_for_cuda
     found, errors, kept = {}, {}, dict(device=device, dtype=torch.float16)
     for batch in (8, 20):
         plain = random_model(size, **kept)
@@ -416,7 +416,7 @@ def _bench_cuda(size, device, times):
         def work(model): return lambda: model.vae.decode(model.painter(latents, tokens))
         wanted, theirs = work(plain)(), _taken(work(plain), 5*times)
         for network in (plain.painter, plain.vae.model): network.to(memory_format=torch.channels_last)
-        quick = compile_bundle(plain, batch)
+        quick = compile_for_cuda(plain, batch)
         for _ in range(3): made = work(quick)()
         errors[batch] = float((made.float() - wanted.float()).norm()/wanted.float().norm())
         torch.cuda.reset_peak_memory_stats()

@@ -15,7 +15,7 @@ from .core import ConfigError
 
 # %% ../nbs/74_cli_models.ipynb #b9564cb8
 @command('download', 'fetch the official weights, and check each file',
-         option('groups', nargs='*', default=['v1.5'], metavar='WHAT', help='v1.5, v1.0, face, training, reference or all (default: v1.5)'),
+         option('groups', nargs='*', default=['v1.5'], metavar='WHAT', help='v1.5, v1.0, face, dwpose, training, reference or all (default: v1.5)'),
          option('--dir', metavar='DIR', help='the models folder (default: models, or the first of MUSETALK_MODELS)'),
          option('--mirror', metavar='URL', help="a host with the hub's layout, a copy of a models folder on a web server, or such a folder"),
          option('--workers', type=int, default=4, metavar='N', help='files at a time (default: 4)'), JSON,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'LEFT_BYTES', 'SMALL', 'FoldedResnet', 'PackedLinear', 'product', 'Upsampled', 'ExactNorm', 'quicken',
            'QuickVAE', 'machine_code_works', 'quick_bundle', 'SmallDecoder', 'load_small_decoder', 'small_decoder',
-           'FixedBatch', 'compile_bundle']
+           'FixedBatch', 'compile_for_cuda']
 
 # %% ../nbs/36_fast.ipynb #2bf6cf9d
 import logging
@@ -279,7 +279,7 @@ class FixedBatch(nn.Module):
 
 # %% ../nbs/36_fast.ipynb #cc2d7e59
 @torch.no_grad()
-def compile_bundle(
+def compile_for_cuda(
     bundle:Bundle, # On a CUDA device; changed in place
     batch:int=8, # Pictures at once
     **options, # Of `torch.compile`
