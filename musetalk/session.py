@@ -12,10 +12,8 @@ import logging
 import queue
 import secrets
 import struct
-import tempfile
 import time as clock
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from threading import Lock, Thread
@@ -25,8 +23,6 @@ import cv2
 import numpy as np
 from fastcore.basics import patch
 
-from .avatar import Avatar
-from .bundle import load_bundle
 from .core import BundleError, ConfigError, FaceError, MediaError, MuseTalkError
 from .stream import AvatarStream, CapacityError, LiveFrame, StreamError
 from .utterance import as_samples

@@ -12,7 +12,6 @@ from math import ceil
 
 import numpy as np
 import soxr
-import torch
 from fastcore.basics import patch
 
 from .core import MediaError
