@@ -27,7 +27,7 @@ from .app_intake import CONTROLS, AppLimits, check_face, check_voice, controls_f
 from .core import ConfigError, save_image
 from .session import Refused
 from .guard import check_request, is_loopback
-from .serve import bind
+from .serve import bind, in_background
 from .sound import audio_duration
 
 # %% ../nbs/71_app_page.ipynb #40316871
@@ -414,16 +414,8 @@ def running_app(
     "The page on the loopback address, served by a thread, for notebooks and tests"
     try:
         with _surroundings(workshop.folder):
-            server, socket = _server(make_web(make_page(workshop), workshop.limits, token), workshop), bind('127.0.0.1', port)
-            thread = Thread(target=server.run, args=([socket],), name='musetalk-app-server', daemon=True)
-            thread.start()
-            try:
-                while not server.started and thread.is_alive(): clock.sleep(.01)
-                yield f'http://127.0.0.1:{socket.getsockname()[1]}'
-            finally:
-                server.should_exit = True
-                thread.join(20)
-                socket.close()
+            server = _server(make_web(make_page(workshop), workshop.limits, token), workshop)
+            with in_background(server, bind('127.0.0.1', port), 'musetalk-app-server') as address: yield address
     finally: workshop.close()
 
 def run_app(

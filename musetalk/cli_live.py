@@ -101,8 +101,14 @@ def _first_avatar(Avatar, studio):
          option('--host', default='127.0.0.1', metavar='ADDRESS', help='where to listen; 0.0.0.0 is everywhere, with a token (default: 127.0.0.1)'),
          option('--port', type=int, default=7860, metavar='N', help='0 takes any free one (default: 7860)'),
          option('--token', metavar='WORD', help='ask for it (default: MUSETALK_TOKEN; beyond 127.0.0.1 one is made and shown)'),
+         option('--upload-mb', type=float, default=500, metavar='MB', help='largest upload (default: 500)'),
+         option('--minutes', type=float, default=10, metavar='N', help='longest speech (default: 10)'),
+         option('--at-once', type=int, default=1, metavar='N', help='dubs that are made at a time (default: 1)'),
          ('model', (BUNDLE, DEVICE, DTYPE, FACE_BACKEND)), examples=('app', 'app --host 0.0.0.0 --port 8080'))
 def run_app_page(args):
     "musetalk app"
+    if min(args.upload_mb, args.minutes, args.at_once) <= 0: raise ConfigError('--upload-mb, --minutes and --at-once must be larger than 0.')
+    from musetalk.app_intake import AppLimits
     from musetalk.app_page import run_app
-    run_app(args.bundle, args.host, args.port, args.token or os.environ.get('MUSETALK_TOKEN') or None, args.device, tell=lambda line: print(f'Open {line}   (Ctrl-C ends it)', flush=True))
+    limits = AppLimits(upload_bytes=round(args.upload_mb*1e6), speech_seconds=60*args.minutes, at_once=args.at_once)
+    run_app(args.bundle, args.host, args.port, args.token or os.environ.get('MUSETALK_TOKEN') or None, args.device, limits, tell=lambda line: print(f'Open {line}   (Ctrl-C ends it)', flush=True))

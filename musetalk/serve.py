@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'WEBSOCKET', 'POLICY', 'need_server', 'memory_bytes', 'Offer', 'Target', 'SocketViewer', 'make_app', 'bind',
-           'make_server', 'running', 'serve']
+           'make_server', 'in_background', 'running', 'serve']
 
 # %% ../nbs/63_serve.ipynb #24ea2e04
 import asyncio
@@ -366,14 +366,13 @@ def make_server(
 
 # %% ../nbs/63_serve.ipynb #ff72359b
 @contextmanager
-def running(
-    studio:Studio, # What is served; shut at the end
-    token:str|None=None, # That is asked for
-    port:int=0, # 0: any free one
+def in_background(
+    server, # `uvicorn.Server`
+    socket, # That it listens on, from `bind`; closed at the end
+    name:str, # Of the thread
 ): # Context manager giving the address, such as 'http://127.0.0.1:40001'
-    "A server on the loopback address in a thread, for notebooks and tests"
-    server, socket = make_server(make_app(studio, token), studio.limits), bind('127.0.0.1', port)
-    thread = Thread(target=server.run, args=([socket],), name='musetalk-server', daemon=True)
+    "A server in a thread, until it is no longer needed"
+    thread = Thread(target=server.run, args=([socket],), name=name, daemon=True)
     thread.start()
     try:
         while not server.started and thread.is_alive(): clock.sleep(.01)
@@ -382,6 +381,15 @@ def running(
         server.should_exit = True
         thread.join(20)
         socket.close()
+
+@contextmanager
+def running(
+    studio:Studio, # What is served; shut at the end
+    token:str|None=None, # That is asked for
+    port:int=0, # 0: any free one
+): # Context manager giving the address, such as 'http://127.0.0.1:40001'
+    "A server on the loopback address in a thread, for notebooks and tests"
+    with in_background(make_server(make_app(studio, token), studio.limits), bind('127.0.0.1', port), 'musetalk-server') as address: yield address
 
 # %% ../nbs/63_serve.ipynb #25fc33f0
 def serve(
