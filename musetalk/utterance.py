@@ -82,6 +82,7 @@ def drawn(
         parts.append(piece[:size]); size -= len(parts[-1])
     return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
+# %% ../nbs/62_utterance.ipynb #d86cad51
 @patch
 def listen(self:Utterance,
     samples:np.ndarray|None, # 16 kHz; None: it is over
@@ -100,6 +101,7 @@ def available(self:Utterance) -> int:
     "Frames that can be painted so far"
     return self.total if self.finished else self.speech.ready
 
+# %% ../nbs/62_utterance.ipynb #3e5c2538
 @patch
 def quiet(self:Utterance,
     frame:int, # Its number in the utterance
