@@ -18,7 +18,7 @@ import warnings
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from threading import Lock, local
+from threading import Lock
 
 import numpy as np
 import torch
@@ -96,16 +96,18 @@ class Compiled:
     ):
         openvino = _openvino()
         settings = {'INFERENCE_NUM_THREADS':threads, 'INFERENCE_PRECISION_HINT':{torch.bfloat16:'bf16', torch.float16:'f16'}.get(dtype, 'f32'), 'PERFORMANCE_HINT':'LATENCY'}
-        self.model, self.dtype, self.own = openvino.Core().compile_model(str(path), 'CPU', settings), dtype, local()
+        self.model, self.dtype, self.idle = openvino.Core().compile_model(str(path), 'CPU', settings), dtype, []
 
     def fits(self, *given) -> bool: # Tensors
         "Whether the graph was made for such sizes"
         return all(port.get_partial_shape().compatible(openvino_shape(tensor)) for port, tensor in zip(self.model.inputs, given))
 
     def __call__(self, *given): # tensors, to one tensor
-        if not hasattr(self.own, 'request'): self.own.request = self.model.create_infer_request()
         arrays = [np.ascontiguousarray(tensor.detach().float().numpy()) for tensor in given if tensor is not None]
-        return torch.from_numpy(self.own.request.infer(arrays)[0].copy()).to(self.dtype)
+        try: request = self.idle.pop()
+        except IndexError: request = self.model.create_infer_request()
+        try: return torch.from_numpy(request.infer(arrays)[0].copy()).to(self.dtype)
+        finally: self.idle.append(request)
 
 # %% ../nbs/37_runtime.ipynb #f4f9bf71
 BOUNDS = {torch.float32:1e-3, torch.bfloat16:5e-2, torch.float16:1e-2} # of the largest value
