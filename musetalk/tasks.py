@@ -18,10 +18,9 @@ from .core import ConfigError, MuseTalkError
 from .dub import Report, dub
 from .stages import DubSettings, dub_settings
 
-# %% ../nbs/65_tasks.ipynb #f68baa71
+# %% ../nbs/65_tasks.ipynb #8b281fc7
 logger = logging.getLogger('musetalk')
 
-# %% ../nbs/65_tasks.ipynb #8b281fc7
 class _PlainLoader(yaml.SafeLoader):
     "Safe YAML in which a key may stand only once"
     def construct_mapping(self, node, deep=False):
