@@ -8,8 +8,9 @@ __all__ = ['FACE_CENTRE', 'FACE_HALF_SIDE', 'FaceRecord', 'face_square', 'FaceBa
 
 # %% ../nbs/11_face.ipynb #efa5f145
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, files
 from importlib.util import find_spec
@@ -141,6 +142,17 @@ def _shape_predictor(): # 100 MB: read once per process; it is never written to,
     import dlib
     return dlib.shape_predictor(model_file('shape_predictor_68_face_landmarks.dat'))
 
+_idle = {} # name of a class or function of dlib -> what it made and nobody uses now
+
+@contextmanager
+def _lent(name, *models): # it notes things while it works: for one call at a time, then kept for the next, since some take most of a second to make
+    import dlib
+    idle = _idle.setdefault(name, [])
+    try: tool = idle.pop()
+    except IndexError: tool = getattr(dlib, name)(*map(model_file, models))
+    try: yield tool
+    finally: idle.append(tool)
+
 class DlibBackend(FaceBackend):
     "dlib's HOG detector and its 68-point shape predictor; nothing to download"
     rolls = (-30., 30.)
@@ -149,18 +161,8 @@ class DlibBackend(FaceBackend):
     same_person = .6 # distance of two identities, as their makers advise
     patch_side = 256 # side of the face's square that the shape predictor sees
 
-    @cached_property
-    def _hog(self):
-        import dlib
-        return dlib.get_frontal_face_detector()
-
     @property
     def _shape(self): return _shape_predictor()
-
-    @cached_property
-    def _recogniser(self):
-        import dlib
-        return dlib.face_recognition_model_v1(model_file('dlib_face_recognition_resnet_model_v1.dat'))
 
 # %% ../nbs/11_face.ipynb #48cca44c
 def _turned(image, roll, scale):
@@ -213,7 +215,7 @@ def detect(self:DlibBackend,
     sizes = sizes or (self.sizes[:2] if quick else self.sizes)
     for size in sorted({min(size, longer if quick and size > sizes[0] else 2*longer) for size in sizes}):
         small, matrix = _turned(grey, roll, size/longer)
-        found += _hog_boxes(self._hog, small, matrix, threshold)
+        with _lent('get_frontal_face_detector') as hog: found += _hog_boxes(hog, small, matrix, threshold)
         if found and not all_sizes: break
     return _distinct(found)
 
@@ -265,7 +267,7 @@ def chip(self:DlibBackend, image, landmarks):
 @patch
 def identity(self:DlibBackend, chip):
     "128 numbers by dlib's face recognition network"
-    return np.array(self._recogniser.compute_face_descriptor(chip))
+    with _lent('face_recognition_model_v1', 'dlib_face_recognition_resnet_model_v1.dat') as network: return np.array(network.compute_face_descriptor(chip))
 
 # %% ../nbs/11_face.ipynb #0ce4aa6b
 def draw_landmarks(image:np.ndarray, # RGB uint8 [H,W,3]
