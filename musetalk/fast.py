@@ -80,7 +80,10 @@ class PackedLinear(nn.Module):
 # %% ../nbs/36_fast.ipynb #d43c3e8c
 LEFT_BYTES = 1 << 20 # of the left matrix that are in work at once
 
-def product(self, lines):
+def product(self,
+    lines:torch.Tensor, # [N,inputs] float32, contiguous
+) -> torch.Tensor: # [N,outputs]
+    "Lines times weights, plus the bias, by the kernel of `36_winograd`"
     (count, inputs), call = lines.shape, _kernels()['multiply_1']
     out, whole, block = _result(count, self.outputs), count//ROWS*ROWS, max(LEFT_BYTES//(4*inputs)//ROWS, 8)*ROWS
     def work(first, last): # blocks of lines
