@@ -16,7 +16,6 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from threading import Condition, Event, Lock, Thread
@@ -31,7 +30,7 @@ from .core import BundleError, ConfigError, MuseTalkError, save_image, write_jso
 from .dub import Report, dub, preview
 from .media import VideoSource, frame_count_for, loop_order, looped
 from .sound import audio_duration
-from .speak import speak
+from .speak import has_voice, speak
 from .writer import VideoWriter
 
 # %% ../nbs/71_app.ipynb #ee457797
@@ -315,7 +314,7 @@ Workshop.bundle, Workshop.demo = bundle, demo
 # %% ../nbs/71_app.ipynb #b7319136
 def voice_missing() -> str: # '': it is there
     "How to get the local voice"
-    return '' if find_spec('hibari') else "Speaking a text needs the local voice: pip install 'musetalk[tts]', then start musetalk app again."
+    return '' if has_voice() else "Speaking a text needs the local voice: pip install 'musetalk[tts]', then start musetalk app again."
 
 def say(self:Workshop,
     session:AppSession, # Whose text it is

@@ -15,7 +15,6 @@ import tempfile
 import time as clock
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock, Thread
 
@@ -238,8 +237,8 @@ def say_text(self:Studio,
     if not .5 <= text.speed <= 2: raise Refused(f'A speed of {text.speed:g} makes no sense; give one from 0.5 to 2.')
     speak = self.speak
     if speak is None:
-        if find_spec('hibari') is None: raise Refused("This server has no voice for texts; its owner can install one: pip install 'musetalk[tts]'", 501)
-        from musetalk.speak import speak
+        from musetalk.speak import has_voice, speak
+        if not has_voice(): raise Refused("This server has no voice for texts; its owner can install one: pip install 'musetalk[tts]'", 501)
     path = Path(self.scratch.name)/f'{secrets.token_hex(8)}.wav'
     def pieces():
         speak(text.text, path, text.speed)

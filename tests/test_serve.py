@@ -447,7 +447,7 @@ def test_interruption_stops_a_file_and_what_waits_behind_it(address, voice, tmp_
 
 
 def test_text_without_a_voice(address, monkeypatch):
-    monkeypatch.setattr('musetalk.live.find_spec', lambda name: None)
+    monkeypatch.setattr('musetalk.speak.find_spec', lambda name: None)
     with Line(address) as line:
         session = line.until('ready')['session']
         status, told = ask(address, 'POST', f'/v1/sessions/{session}/say', dict(text='Hello'))
