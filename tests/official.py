@@ -5,11 +5,12 @@ import json
 import os
 import re
 import threading
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from musetalk.parity import recipe_weights
 
 OLD_ATTENTION = dict(to_q='query', to_k='key', to_v='value', **{'to_out.0': 'proj_attn'})
 SMALL_UNET = dict(block_out_channels=(32, 32, 64, 64), layers_per_block=1, cross_attention_dim=32, attention_head_dim=4)
@@ -53,27 +54,9 @@ def _keep_record():
 if os.environ.get('PARITY_RECORD'): atexit.register(_keep_record)
 
 
-def recipe_input(seed, name, shape):
-    "Inputs that follow from a seed and a name"
-    noise = np.random.default_rng(zlib.crc32(f'{seed}:input:{name}'.encode())).standard_normal(shape, dtype=np.float32)
-    return np.clip(.5*noise, -1, 1)
-
-
 def recipe(seed, shapes):
-    "Weights that follow from a seed and the names"
-    made = {}
-    for key, shape in shapes.items():
-        noise = np.random.default_rng(zlib.crc32(f'{seed}:{key}'.encode())).standard_normal(shape, dtype=np.float32)
-        leaf = key.rsplit('.', 1)[-1]
-        if leaf == 'num_batches_tracked': noise = np.zeros(shape, np.int64)
-        elif leaf == 'running_mean': noise = .05*noise
-        elif leaf == 'running_var': noise = 1 + .1*np.abs(noise)
-        elif leaf in ('weight_u', 'weight_v'): noise = noise/np.linalg.norm(noise)
-        elif noise.ndim >= 2: noise = noise/np.float32(np.sqrt(np.prod(shape[1:])))
-        elif leaf == 'weight': noise = 1 + .05*noise
-        else: noise = .05*noise
-        made[key] = torch.from_numpy(np.asarray(noise))
-    return made
+    "Weights that follow from a seed and the names, for a network"
+    return {key: torch.from_numpy(np.asarray(made)) for key, made in recipe_weights(seed, shapes).items()}
 
 
 def with_singular_vectors(weights):

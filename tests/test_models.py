@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from official import FULL_VAE, FULL_WHISPER, Hub, agree, manifest, recipe, recipe_input, write_official
+from official import FULL_VAE, FULL_WHISPER, Hub, agree, manifest, recipe, write_official
 
 from musetalk import models
 from musetalk.bench import peak_megabytes
@@ -27,6 +27,7 @@ from musetalk.losses import load_vgg19
 from musetalk.media import VideoSource
 from musetalk.models import FILES, chosen_files, download, file_state, list_models, models_folder
 from musetalk.official import OFFICIAL_UNET, find_official, is_official, load_official, load_official_vae, load_unet, read_weights
+from musetalk.parity import recipe_input
 from musetalk.parsing import load_parser
 from musetalk.sound import write_audio
 from musetalk.syncnet import load_syncnet

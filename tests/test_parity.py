@@ -9,12 +9,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from official import agree, filled, golden, recipe, recipe_input, with_singular_vectors
+from official import agree, filled, golden, recipe, with_singular_vectors
 
 from musetalk.audio import OFFICIAL_BLOCK, WhisperEncoder, log_mel
 from musetalk.blend import composite
 from musetalk.crop import crop_face, half_face_box, suggested_shift_range
 from musetalk.official import PlainVAE
+from musetalk.parity import recipe_input
 from musetalk.parsing import class_mask, parser_picture, parser_square, soft_mask
 from musetalk.unet import LatentPainter
 from musetalk.vae import mask_lower_half, to_images, to_network
