@@ -89,6 +89,23 @@ def _function(module, name, pointers, numbers): # arguments: pointers to float, 
     made = ir.Function(module, ir.FunctionType(ir.VoidType(), [REAL.as_pointer()]*pointers + [WHOLE]*numbers), name)
     return ir.IRBuilder(made.append_basic_block()), made.args
 
+# %% ../nbs/36_winograd.ipynb #64659937
+_compiling = threading.Lock()
+
+def _machine(): # a new one for each engine, which owns it and takes it along when it goes
+    binding.initialize_native_target(); binding.initialize_native_asmprinter()
+    features = binding.get_host_cpu_features()
+    return binding.Target.from_default_triple().create_target_machine(cpu=binding.get_host_cpu_name(), features=features.flatten() if features else '', opt=3)
+
+def _compiled(module):
+    "Functions of a module by name, ready to be called"
+    parsed = binding.parse_assembly(str(module))
+    parsed.verify()
+    engine = binding.create_mcjit_compiler(parsed, _machine())
+    engine.finalize_object()
+    call = lambda function: ctypes.CFUNCTYPE(None, *(ctypes.c_void_p if argument.type.is_pointer else ctypes.c_int64 for argument in function.args))
+    return {'engine': engine} | {function.name: call(function)(engine.get_function_address(function.name)) for function in module.functions}
+
 # %% ../nbs/36_winograd.ipynb #021a9737
 def _combination(b, factors, values):
     "Sum of products with known factors, without those by zero and one"
@@ -267,23 +284,6 @@ def _normalize(module, bent):
     b.ret_void()
 
 # %% ../nbs/36_winograd.ipynb #95acc665
-_compiling = threading.Lock()
-
-@lru_cache
-def _machine():
-    binding.initialize_native_target(); binding.initialize_native_asmprinter()
-    features = binding.get_host_cpu_features()
-    return binding.Target.from_default_triple().create_target_machine(cpu=binding.get_host_cpu_name(), features=features.flatten() if features else '', opt=3)
-
-def _compiled(module):
-    "Functions of a module by name, ready to be called"
-    parsed = binding.parse_assembly(str(module))
-    parsed.verify()
-    engine = binding.create_mcjit_compiler(parsed, _machine())
-    engine.finalize_object()
-    call = lambda function: ctypes.CFUNCTYPE(None, *(ctypes.c_void_p if argument.type.is_pointer else ctypes.c_int64 for argument in function.args))
-    return {'engine': engine} | {function.name: call(function)(engine.get_function_address(function.name)) for function in module.functions}
-
 @lru_cache
 def _kernels(
     m:int=0, # Tile of a convolution; 0: normalization and matrix product
