@@ -6,7 +6,7 @@
 __all__ = ['logger', 'SOLVER', 'NOT_TRAINER', 'REFERENCE', 'SECOND', 'OURS', 'UNUSED', 'KNOWN', 'read_config', 'trainer_options',
            'complete', 'loss_weights', 'margin_of', 'in_models', 'starting_parts', 'earlier_stage', 'clip_names',
            'face_lessons', 'sync_network', 'heard_with', 'save_faces', 'train_face_stage', 'cached_lessons',
-           'mouth_parts', 'train_cached_stage', 'last_scores', 'paints_whole_crops', 'train']
+           'mouth_parts', 'train_cached_stage', 'paints_whole_crops', 'last_scores', 'train']
 
 # %% ../nbs/58_recipes.ipynb #5800a003
 import json
@@ -306,13 +306,6 @@ def train_cached_stage(kind:str, # 'stage1' or 'stage2'
         save_bundle(bundle, output/'bundle', bundle.folder/'audio_encoder')
     return last_scores(output)
 
-# %% ../nbs/58_recipes.ipynb #92c659e6
-def last_scores(output)->dict: # of a run
-    "The last line of its log that holds a validation"
-    if not (Path(output)/'log.jsonl').exists(): return {}
-    lines = [json.loads(line) for line in (Path(output)/'log.jsonl').read_text().splitlines()]
-    return next((line for line in reversed(lines) if 'loss' not in line), {})
-
 # %% ../nbs/58_recipes.ipynb #5800a011
 def paints_whole_crops(config:dict)->bool: # of a stage's configuration
     "Whether a stage trains MuseTalk's own kind of painter: so it is, unless its bundle has another. Raises `BundleError` for an unknown bundle"
@@ -325,6 +318,12 @@ def _train_audio(config, data, output, show_progress):
     encoder = WhisperEncoder.from_folder(folder/'audio_encoder', **(dict(layers=stored) if stored else {})) if config.get('silence', True) else None
     train_mouth(data, output, network=config.get('network'), layers=config.get('layers', [0]), silence=config.get('silence', True), encoder=encoder,
                 start=folder/'adapter' if config.get('start') else None, show_progress=show_progress, **trainer_options(config))
+
+def last_scores(output)->dict: # of a run
+    "The last line of its log that holds a validation"
+    if not (Path(output)/'log.jsonl').exists(): return {}
+    lines = [json.loads(line) for line in (Path(output)/'log.jsonl').read_text().splitlines()]
+    return next((line for line in reversed(lines) if 'loss' not in line), {})
 
 # %% ../nbs/58_recipes.ipynb #54649de8
 def train(kind:str, # 'vae', 'audio', 'syncnet', 'stage1' or 'stage2'

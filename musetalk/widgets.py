@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'LARGEST_UPLOAD', 'SOUNDS', 'VIDEOS', 'FOOTAGE', 'SPEECH', 'Panel', 'Picker', 'uploaded_file', 'jpeg',
-           'drawn', 'view', 'slider', 'pairs', 'TrackedClip', 'tracked_clip', 'demo_clip', 'crop_view', 'crop_explorer']
+           'drawn', 'view', 'slider', 'pairs', 'TrackedClip', 'tracked_clip', 'demo_clip', 'footage_picker',
+           'sound_picker', 'crop_view', 'crop_explorer']
 
 # %% ../nbs/70_widgets.ipynb #101f4fbe
 import logging
@@ -180,7 +181,6 @@ def into(self:Picker,
     self.button.observe(uploaded, 'value')
     self.field.observe(lambda change: react(), 'value')
 
-# %% ../nbs/70_widgets.ipynb #2586cab8
 def uploaded_file(name:str, content:bytes)->dict: # One item of a `FileUpload`'s value
     "What a browser sends, for programs and tests"
     return dict(name=name, type='', size=len(content), content=memoryview(content), last_modified=datetime.now(timezone.utc))
@@ -226,7 +226,6 @@ class TrackedClip:
         "Where to begin"
         return next(number for number, record in enumerate(self.records) if record.found)
 
-# %% ../nbs/70_widgets.ipynb #fae46850
 def tracked_clip(
     path:str|Path, # Video, picture, or folder of pictures
     most:int=25, # Frames from the start; fewer of very large ones
@@ -251,6 +250,14 @@ def demo_clip() -> Path: # One second, 360 pixels wide
     return path
 
 FOOTAGE, SPEECH = {'astronaut (example)': demo_clip}, {'speech (example)': demo_speech} # of the pickers
+
+def footage_picker(video:str|Path|None=None) -> Picker: # Of videos and pictures
+    "Footage for a widget; the example if none is given"
+    return Picker('footage', FOOTAGE, VIDEOS | PICTURES, str(video or next(iter(FOOTAGE))))
+
+def sound_picker(audio:str|Path|None=None, label:str='sound') -> Picker: # Of sounds, and videos with sound
+    "Speech for a widget; the example if none is given"
+    return Picker(label, SPEECH, SOUNDS | VIDEOS, str(audio or next(iter(SPEECH))))
 
 # %% ../nbs/70_widgets.ipynb #6890e92b
 def crop_view(
@@ -279,7 +286,7 @@ def crop_explorer(
     most:int=25, # Frames to look at
 ) -> Panel: # Parts: video, frame, rule, shift, margin, scale, points, mask, picture, facts
     "Move the crop box over the frames of some footage"
-    picker = Picker('footage', FOOTAGE, VIDEOS | PICTURES, str(video or next(iter(FOOTAGE))))
+    picker = footage_picker(video)
     rule = Dropdown(options={'rigid: eyes and nose (ours)': 'rigid', 'half face: nose bridge and chin (MuseTalk)': 'half_face'}, description='crop rule', style=dict(description_width='110px'), layout=Layout(width='410px', max_width='98%'))
     frame, play = slider('frame', 0, 0, 0), Play(interval=250, max=0, show_repeat=False)
     jslink((frame, 'value'), (play, 'value')) # in this order a page that is opened takes over the frame
