@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['STUDIO_KNOBS', 'LIMITS', 'LARGEST_SHOWN', 'RunLog', 'run_state', 'lasting', 'curves', 'training_monitor', 'button',
-           'dub_studio', 'busy', 'studio_settings', 'avatar_control', 'figures_table']
+           'studio_settings', 'busy', 'dub_studio', 'figures_table', 'avatar_control']
 
 # %% ../nbs/70_studio.ipynb #1d451497
 import json
 import time as clock
+from fractions import Fraction
 from html import escape
 from pathlib import Path
 from threading import Event, Thread
@@ -27,11 +28,11 @@ from .core import ConfigError, MediaError, MuseTalkError
 from .dub import dub, preview
 from .explorers import loaded, wav_bytes
 from .media import VideoSource, frame_count_for
-from .picture import PICTURES, read_image
+from .picture import read_image
 from .sound import audio_duration, load_audio
 from .stages import LOOPS, DubSettings
 from .stream import AvatarStream
-from .widgets import FOOTAGE, SOUNDS, SPEECH, VIDEOS, Panel, Picker, drawn, jpeg, pairs, slider, view
+from .widgets import VIDEOS, Panel, drawn, footage_picker, jpeg, pairs, slider, sound_picker, view
 
 # %% ../nbs/70_studio.ipynb #417f1992
 class RunLog:
@@ -95,7 +96,6 @@ def run_state(
     state = 'stopped' if quiet > max(60, 4*gaps[-1][1]) else 'running'
     return dict(state=state, step=step, seconds=seconds, left=(steps - step)*seconds if steps and state == 'running' else None)
 
-# %% ../nbs/70_studio.ipynb #607e4701
 def lasting(seconds:float)->str: # Such as '2 h 05 min'
     "A length of time for people"
     minutes = int(seconds/60 + .5)
@@ -126,25 +126,6 @@ def curves(
     figure.tight_layout(pad=.6)
     return drawn(figure)
 
-# %% ../nbs/70_studio.ipynb #41b8fc14
-def training_monitor(
-    folder:str|Path, # Output folder of the run; it may not be there yet
-    steps:int=0, # Of the whole run, for the time that is left; 0: not known
-    every:float=2, # Seconds between two looks
-) -> Panel: # Parts: folder, steps, names, smooth, log, live, picture, status, sample
-    "Watch a training run, from this process or any other"
-    field = Text(value=str(folder), description='run', continuous_update=False, style=dict(description_width='80px'), layout=Layout(width='420px'))
-    total = BoundedIntText(value=steps, min=0, max=10**9, description='steps in all', style=dict(description_width='90px'), layout=Layout(width='200px'))
-    names = SelectMultiple(description='curves', rows=5, style=dict(description_width='80px'), layout=Layout(width='320px'))
-    smooth = slider('smoothing', .6, 0., .98, .02)
-    scale, live = (Checkbox(value=value, description=name, indent=False, layout=Layout(width='150px')) for name, value in (('log scale', False), ('keep looking', True)))
-    status, picture, sample = HTML(), view(), view()
-    panel = Panel([HBox([field, total], layout=Layout(flex_flow='row wrap')), status, picture, pairs(names, VBox([smooth, pairs(scale, live)])), sample],
-                  folder=field, steps=total, names=names, smooth=smooth, log=scale, live=live, picture=picture, status=status, sample=sample)
-    panel.state.log, panel.state.shown, panel.state.stop = RunLog(folder), None, Event()
-    _monitor_wiring(panel, every)
-    return panel
-
 # %% ../nbs/70_studio.ipynb #6e7dc750
 def _monitor_draw(panel):
     "Show what is set"
@@ -154,16 +135,15 @@ def _monitor_draw(panel):
         chosen = list(panel['names'].value)[:12]
         panel['picture'].value = jpeg(curves(state.log, chosen, panel['smooth'].value, panel['log'].value))
 
-# %% ../nbs/70_studio.ipynb #87a4bee0
 def _monitor_tell(panel):
-    "Show what is set"
+    "Say how the run is doing"
     state = panel.state
     facts = run_state(state.log, panel['steps'].value)
     if facts['state'] == 'waiting': panel['status'].value = f'waiting for <code>{escape(str(state.log.path))}</code>'; return
     known = f" of {panel['steps'].value}" if panel['steps'].value else ''
     colour = dict(running='#1a7f37', stopped='#b00020', finished='#30638e')[facts['state']]
     panel['status'].value = (f"<b style='color:{colour}'>{facts['state']}</b>: step {facts['step']}{known}, {facts['seconds']:.3g} s a step" + (f", {lasting(facts['left'])} left" if facts['left'] else '')
-                             + (f'; {state.log.damaged} unreadable lines were left out' if state.log.damaged else ''))
+                             + (f"; {state.log.damaged} unreadable line{'s were' if state.log.damaged > 1 else ' was'} left out" if state.log.damaged else ''))
 
 # %% ../nbs/70_studio.ipynb #172eb3c4
 def _monitor_wiring(panel, every):
@@ -195,6 +175,25 @@ def _monitor_wiring(panel, every):
     look(True)
     Thread(target=keep_looking, daemon=True, name='musetalk-monitor').start()
 
+# %% ../nbs/70_studio.ipynb #41b8fc14
+def training_monitor(
+    folder:str|Path, # Output folder of the run; it may not be there yet
+    steps:int=0, # Of the whole run, for the time that is left; 0: not known
+    every:float=2, # Seconds between two looks
+) -> Panel: # Parts: folder, steps, names, smooth, log, live, picture, status, sample
+    "Watch a training run, from this process or any other"
+    field = Text(value=str(folder), description='run', continuous_update=False, style=dict(description_width='80px'), layout=Layout(width='420px'))
+    total = BoundedIntText(value=steps, min=0, max=10**9, description='steps in all', style=dict(description_width='90px'), layout=Layout(width='200px'))
+    names = SelectMultiple(description='curves', rows=5, style=dict(description_width='80px'), layout=Layout(width='320px'))
+    smooth = slider('smoothing', .6, 0., .98, .02)
+    scale, live = (Checkbox(value=value, description=name, indent=False, layout=Layout(width='150px')) for name, value in (('log scale', False), ('keep looking', True)))
+    status, picture, sample = HTML(), view(), view()
+    panel = Panel([HBox([field, total], layout=Layout(flex_flow='row wrap')), status, picture, pairs(names, VBox([smooth, pairs(scale, live)])), sample],
+                  folder=field, steps=total, names=names, smooth=smooth, log=scale, live=live, picture=picture, status=status, sample=sample)
+    panel.state.log, panel.state.shown, panel.state.stop = RunLog(folder), None, Event()
+    _monitor_wiring(panel, every)
+    return panel
+
 # %% ../nbs/70_studio.ipynb #d668a411
 STUDIO_KNOBS = dict(bbox_shift=(0, -80, 80, 1), left_cheek_width=(90, 0, 256, 2), right_cheek_width=(90, 0, 256, 2), upper_boundary_ratio=(.5, 0., 1., .02), feather=(.05, 0., .25, .01), sharpen=(.8, 0., 4., .1)) # value, least, most, step
 LIMITS = AppLimits(speech_seconds=3600.) # of footage and speech
@@ -204,29 +203,11 @@ def button(text:str, kind:str='', tip:str='')->Button:
     "A button with room for its text"
     return Button(description=text, button_style=kind, tooltip=tip or text, layout=Layout(width='150px'))
 
-# %% ../nbs/70_studio.ipynb #7c9d2e41
-def dub_studio(
-    video:str|Path|None=None, # Video, picture or folder; None: an example
-    audio:str|Path|None=None, # Speech; None: an example
-    out:str|Path='dubbed.mp4', # Where the result is written
-    bundle:str|Bundle='mini', # Name, folder, or a loaded bundle
-) -> Panel: # Parts: video, audio, out, time, preview, dub, cancel, bar, progress, picture, result, report, loop, face, and those of `STUDIO_KNOBS`
-    "Dub a clip: look at one frame, make the whole, play it"
-    footage, speech = Picker('footage', FOOTAGE, VIDEOS | PICTURES, str(video or next(iter(FOOTAGE)))), Picker('speech', SPEECH, SOUNDS | VIDEOS, str(audio or next(iter(SPEECH))))
-    field = Text(value=str(out), description='result', continuous_update=False, style=dict(description_width='80px'), layout=Layout(width='480px'))
-    labels = dict(left_cheek_width='left cheek', right_cheek_width='right cheek', upper_boundary_ratio='upper line')
-    knobs = {name: slider(labels.get(name, name), *limits) for name, limits in STUDIO_KNOBS.items()}
-    loop = Dropdown(options=LOOPS, description='short footage', style=dict(description_width='110px'), layout=Layout(width='410px', max_width='98%'))
-    face = Text(value='largest', description='face', continuous_update=False, tooltip='largest, a number from the left, or a point x,y', style=dict(description_width='110px'), layout=Layout(width='410px'))
-    settings = Accordion([pairs(*knobs.values(), loop, face)], titles=('Settings',))
-    time = BoundedFloatText(value=1., min=0, max=36000, step=.1, description='at second', style=dict(description_width='80px'), layout=Layout(width='180px'))
-    look, go, stop = button('Preview one frame'), button('Dub', 'primary'), button('Cancel', 'warning')
-    bar, progress, picture = IntProgress(value=0, min=0, max=1, layout=Layout(width='300px', visibility='hidden')), HTML(), view()
-    result, report = Video(value=b'', format='mp4', autoplay=False, loop=False, layout=Layout(display='none', max_width='480px')), HTML()
-    panel = Panel([footage, speech, field, settings, pairs(time, look, go, stop), pairs(bar, progress), picture, result, report], video=footage.field, upload=footage.button, audio=speech.field, speech=speech.button, out=field,
-                  time=time, preview=look, dub=go, cancel=stop, bar=bar, progress=progress, picture=picture, result=result, report=report, loop=loop, face=face, **knobs)
-    _studio_wiring(panel, footage, speech, bundle)
-    return panel
+def studio_settings(panel:Panel)->dict: # Values of `DubSettings`, those that are not as usual
+    "What was set in a studio"
+    usual = DubSettings()
+    given = {name: panel[name].value for name in STUDIO_KNOBS} | dict(loop=panel['loop'].value, face=panel['face'].value.strip())
+    return {name: value for name, value in given.items() if value != getattr(usual, name)}
 
 # %% ../nbs/70_studio.ipynb #815d8e0c
 def busy(panel:Panel, now:bool):
@@ -236,25 +217,6 @@ def busy(panel:Panel, now:bool):
     panel['bar'].layout.visibility = 'visible' if now else 'hidden'
     panel['bar'].value, panel['progress'].value, panel['bar'].bar_style = 0, '', 'info'
 
-# %% ../nbs/70_studio.ipynb #c5cda2fc
-def _counting(panel, total, stopped):
-    "What a watched bundle tells: moves the bar, or ends the work"
-    start = clock.perf_counter()
-    def told(done):
-        if stopped.is_set() or panel.closed: raise Stopped('Cancelled; nothing was written.')
-        took = clock.perf_counter() - start
-        panel['bar'].max, panel['bar'].value = total, min(done, total)
-        panel['progress'].value = f'{done} of {total} frames' + (f', {lasting(took*(total - done)/done)} left' if done else '')
-    return told
-
-# %% ../nbs/70_studio.ipynb #a857f848
-def studio_settings(panel:Panel)->dict: # Values of `DubSettings`, those that are not as usual
-    "What was set in a studio"
-    usual = DubSettings()
-    given = {name: panel[name].value for name in STUDIO_KNOBS} | dict(loop=panel['loop'].value, face=panel['face'].value.strip())
-    return {name: value for name, value in given.items() if value != getattr(usual, name)}
-
-# %% ../nbs/70_studio.ipynb #46b9f479
 def _work(panel, task, show, doing):
     "Do something that can be cancelled"
     panel.state.stopped.clear()
@@ -263,6 +225,33 @@ def _work(panel, task, show, doing):
         try: return task()
         finally: busy(panel, False)
     panel.start(guarded, show, doing)
+
+# %% ../nbs/70_studio.ipynb #c5cda2fc
+def _counting(panel, total, stopped):
+    "What a watched bundle tells: moves the bar, or ends the work"
+    start = clock.perf_counter()
+    def told(done):
+        if stopped.is_set() or panel.closed: raise Stopped('Cancelled; nothing was written.')
+        took, done = clock.perf_counter() - start, min(done, total)
+        panel['bar'].max, panel['bar'].value = total, done
+        panel['progress'].value = f'{done} of {total} frames' + (f', {lasting(took*(total - done)/done)} left' if done else '')
+    return told
+
+def _dubbed(panel, video, audio, out, bundle, settings):
+    "The work itself, in its thread"
+    check_face(video, LIMITS); check_voice(audio, LIMITS)
+    total = frame_count_for(audio_duration(audio), VideoSource(video).fps)
+    return dub(video, audio, out, watched(bundle, _counting(panel, total, panel.state.stopped)), progress=False, report=False, **settings)
+
+def _played(panel, report):
+    "Show a finished dub"
+    panel.state.report, path = report, Path(report.output)
+    size = path.stat().st_size
+    panel['result'].layout.display = 'block' if size <= LARGEST_SHOWN else 'none'
+    panel['result'].value = path.read_bytes() if size <= LARGEST_SHOWN else b''
+    panel['report'].value = (f'<b>{escape(path.name)}</b>: {report.frames} frames at {float(Fraction(report.fps)):.4g} a second in {report.seconds:.1f} s, {report.realtime_factor:.2f} times the length of the speech'
+                             + (f'; {report.frames_missed} frames show no face and are as they were' if report.frames_missed else '') + ('' if size <= LARGEST_SHOWN else '; it is too large to be played here, open the file'))
+    panel.tell('The speech is silent, so the mouth was given nothing to say.' if report.silent else '', wrong=report.silent)
 
 # %% ../nbs/70_studio.ipynb #8d3a14b7
 def _studio_wiring(panel, footage, speech, bundle):
@@ -291,39 +280,28 @@ def _studio_wiring(panel, footage, speech, bundle):
     busy(panel, False)
     facts()
 
-# %% ../nbs/70_studio.ipynb #87e3a3f8
-def _dubbed(panel, video, audio, out, bundle, settings):
-    "The work itself, in its thread"
-    check_face(video, LIMITS); check_voice(audio, LIMITS)
-    total = frame_count_for(audio_duration(audio), VideoSource(video).fps)
-    return dub(video, audio, out, watched(bundle, _counting(panel, total, panel.state.stopped)), progress=False, report=False, **settings)
-
-def _played(panel, report):
-    "Show a finished dub"
-    panel.state.report, path = report, Path(report.output)
-    size = path.stat().st_size
-    panel['result'].layout.display = 'block' if size <= LARGEST_SHOWN else 'none'
-    panel['result'].value = path.read_bytes() if size <= LARGEST_SHOWN else b''
-    panel['report'].value = (f'<b>{escape(path.name)}</b>: {report.frames} frames at {float(report.fps.split("/")[0])/float((report.fps.split("/") + ["1"])[1]):.4g} a second in {report.seconds:.1f} s, {report.realtime_factor:.2f} times the length of the speech'
-                             + (f'; {report.frames_missed} frames show no face and are as they were' if report.frames_missed else '') + ('' if size <= LARGEST_SHOWN else '; it is too large to be played here, open the file'))
-    panel.tell('The speech is silent, so the mouth was given nothing to say.' if report.silent else '', wrong=report.silent)
-
-# %% ../nbs/70_studio.ipynb #251cc9d9
-def avatar_control(
+# %% ../nbs/70_studio.ipynb #7c9d2e41
+def dub_studio(
     video:str|Path|None=None, # Video, picture or folder; None: an example
     audio:str|Path|None=None, # Speech; None: an example
+    out:str|Path='dubbed.mp4', # Where the result is written
     bundle:str|Bundle='mini', # Name, folder, or a loaded bundle
-    pictures:float=12.5, # Shown a second
-) -> Panel: # Parts: video, audio, start, stop, say, interrupt, picture, figures, player
-    "Prepare a face, let it speak, interrupt it"
-    footage, speech = Picker('footage', FOOTAGE, VIDEOS | PICTURES, str(video or next(iter(FOOTAGE)))), Picker('speech', SPEECH, SOUNDS | VIDEOS, str(audio or next(iter(SPEECH))))
-    start, say, interrupt, stop = button('Start', 'primary'), button('Say it', 'success'), button('Interrupt', 'warning'), button('Stop', 'danger')
-    picture, figures, player = view(), HTML(), Audio(value=b'', autoplay=True, loop=False, controls=False, layout=Layout(display='none'))
-    panel = Panel([footage, speech, pairs(start, say, interrupt, stop), HBox([picture, figures], layout=Layout(flex_flow='row wrap')), player],
-                  video=footage.field, upload=footage.button, audio=speech.field, start=start, say=say, interrupt=interrupt, stop=stop, picture=picture, figures=figures, player=player)
-    panel.state.stream, panel.state.loop = None, None
-    footage.into(panel, lambda: None); speech.into(panel, lambda: None)
-    _avatar_wiring(panel, footage, speech, bundle, pictures)
+) -> Panel: # Parts: video, audio, out, time, preview, dub, cancel, bar, progress, picture, result, report, loop, face, and those of `STUDIO_KNOBS`
+    "Dub a clip: look at one frame, make the whole, play it"
+    footage, speech = footage_picker(video), sound_picker(audio, 'speech')
+    field = Text(value=str(out), description='result', continuous_update=False, style=dict(description_width='80px'), layout=Layout(width='480px'))
+    labels = dict(left_cheek_width='left cheek', right_cheek_width='right cheek', upper_boundary_ratio='upper line')
+    knobs = {name: slider(labels.get(name, name), *limits) for name, limits in STUDIO_KNOBS.items()}
+    loop = Dropdown(options=LOOPS, description='short footage', style=dict(description_width='110px'), layout=Layout(width='410px', max_width='98%'))
+    face = Text(value='largest', description='face', continuous_update=False, tooltip='largest, a number from the left, or a point x,y', style=dict(description_width='110px'), layout=Layout(width='410px'))
+    settings = Accordion([pairs(*knobs.values(), loop, face)], titles=('Settings',))
+    time = BoundedFloatText(value=1., min=0, max=36000, step=.1, description='at second', style=dict(description_width='80px'), layout=Layout(width='180px'))
+    look, go, stop = button('Preview one frame'), button('Dub', 'primary'), button('Cancel', 'warning')
+    bar, progress, picture = IntProgress(value=0, min=0, max=1, layout=Layout(width='300px', visibility='hidden')), HTML(), view()
+    result, report = Video(value=b'', format='mp4', autoplay=False, loop=False, layout=Layout(display='none', max_width='480px')), HTML()
+    panel = Panel([footage, speech, field, settings, pairs(time, look, go, stop), pairs(bar, progress), picture, result, report], video=footage.field, upload=footage.button, audio=speech.field, speech=speech.button, out=field,
+                  time=time, preview=look, dub=go, cancel=stop, bar=bar, progress=progress, picture=picture, result=result, report=report, loop=loop, face=face, **knobs)
+    _studio_wiring(panel, footage, speech, bundle)
     return panel
 
 # %% ../nbs/70_studio.ipynb #cbf0803c
@@ -334,7 +312,6 @@ def figures_table(facts:dict)->str: # HTML
             'look-ahead': f"{facts['latency_ms']} ms", 'work per frame': f"{sum(stages.values()):.0f} ms ({', '.join(f'{name} {value:.0f}' for name, value in stages.items())})"}
     return '<table style="margin-left:16px; line-height:1.5">' + ''.join(f'<tr><td style="padding-right:14px; color:#5f6368">{name}</td><td>{value}</td></tr>' for name, value in rows.items()) + '</table>'
 
-# %% ../nbs/70_studio.ipynb #6adbac5b
 def _alive(panel, now):
     "Grey out what makes no sense now"
     for name in ('start', 'video', 'upload'): panel[name].disabled = now
@@ -405,3 +382,21 @@ def _avatar_wiring(panel, footage, speech, bundle, pictures):
     def stop(_=None): state.stream = None; panel.tell('')
     for name, react in dict(start=start, say=say, interrupt=interrupt, stop=stop).items(): panel[name].on_click(react)
     _alive(panel, False)
+
+# %% ../nbs/70_studio.ipynb #251cc9d9
+def avatar_control(
+    video:str|Path|None=None, # Video, picture or folder; None: an example
+    audio:str|Path|None=None, # Speech; None: an example
+    bundle:str|Bundle='mini', # Name, folder, or a loaded bundle
+    pictures:float=12.5, # Shown a second
+) -> Panel: # Parts: video, audio, start, stop, say, interrupt, picture, figures, player
+    "Prepare a face, let it speak, interrupt it"
+    footage, speech = footage_picker(video), sound_picker(audio, 'speech')
+    start, say, interrupt, stop = button('Start', 'primary'), button('Say it', 'success'), button('Interrupt', 'warning'), button('Stop', 'danger')
+    picture, figures, player = view(), HTML(), Audio(value=b'', autoplay=True, loop=False, controls=False, layout=Layout(display='none'))
+    panel = Panel([footage, speech, pairs(start, say, interrupt, stop), HBox([picture, figures], layout=Layout(flex_flow='row wrap')), player],
+                  video=footage.field, upload=footage.button, audio=speech.field, start=start, say=say, interrupt=interrupt, stop=stop, picture=picture, figures=figures, player=player)
+    panel.state.stream, panel.state.loop = None, None
+    footage.into(panel, lambda: None); speech.into(panel, lambda: None)
+    _avatar_wiring(panel, footage, speech, bundle, pictures)
+    return panel
