@@ -43,7 +43,7 @@ class Bundle:
         self.crop_rule, self.image_size = CropRule(**self.config['crop']), self.config['image_size']
         audio = dict(left=2, right=2, positional_encoding=False) | self.config['audio']
         self.left, self.right, self.positional_encoding = audio['left'], audio['right'], audio['positional_encoding']
-        self.device, self.dtype, self.runtime = self.painter.device, self.painter.dtype, 'torch'
+        self.device, self.dtype, self.runtime, self.decoder = self.painter.device, self.painter.dtype, 'torch', 'own'
 
     @property
     def token_shape(self)->tuple: # (S, D)
@@ -188,15 +188,35 @@ def check_bundle(folder # of a bundle
             raise BundleError(f'{path} is not the file that bundle.json describes (its SHA-256 differs): it is damaged or was changed, fetch the bundle again')
     return config
 
+# %% ../nbs/32_bundle.ipynb #d98e77d4
+def _runtime(name, bundle):
+    "Which program runs the networks: what is asked for, or what the bundle is worth and this machine has"
+    name = name or os.environ.get('MUSETALK_RUNTIME')
+    if name not in (None, 'torch', 'openvino'): raise ConfigError(f"Unknown runtime '{name}'; use torch or openvino.")
+    if name: return name
+    return bundle.config.get('runtime', 'torch') if bundle.device.type == 'cpu' and find_spec('openvino') else 'torch'
+
+def _decoder(name):
+    "Whose decoder: what is asked for, or the bundle's own"
+    name = name or os.environ.get('MUSETALK_DECODER') or 'own'
+    if name not in ('own', 'small'): raise ConfigError(f"Unknown decoder '{name}'; use own or small.")
+    return name
+
 # %% ../nbs/32_bundle.ipynb #bca3b9ba
 def load_bundle(name='mini', # a bundle's name, or a folder
                 device:str=None, # 'cuda', 'mps', 'cpu'; None chooses
                 dtype:str=None, # 'float32', 'bfloat16', 'float16'; None chooses
-                runtime:str=None # 'torch', 'openvino'; None: MUSETALK_RUNTIME, or the best that is installed
+                runtime:str=None, # 'torch', 'openvino'; None: MUSETALK_RUNTIME, or the best that is installed
+                decoder:str=None # 'own', or 'small' for official weights; None: MUSETALK_DECODER, or its own
                )->Bundle:
     "Find, check and load a bundle, or official weights. Raises `BundleError` when it is unknown, incomplete or damaged."
-    from musetalk.official import is_official, load_official # it needs this module
-    if is_official(name): return load_official(name, device, dtype)
+    from musetalk.fast import find_small_decoder, small_decoder # these need this module
+    from musetalk.official import is_official, load_official
+    small = _decoder(decoder) == 'small'
+    if is_official(name):
+        if small: find_small_decoder() # before gigabytes are read
+        bundle = load_official(name, device, dtype)
+        return small_decoder(bundle) if small else bundle
     folder = find_bundle(name)
     config = check_bundle(folder)
     device = choose_device(device); dtype = choose_dtype(device, dtype)
@@ -208,15 +228,9 @@ def load_bundle(name='mini', # a bundle's name, or a folder
     for model in (vae.model, painter): model.to(memory_format=torch.channels_last)
     audio_encoder = WhisperEncoder.from_folder(folder/'audio_encoder', device, dtype)
     bundle = Bundle(vae, painter, audio_encoder, adapter, config, folder)
-    if _runtime(runtime, bundle) == 'openvino':
+    if small: small_decoder(bundle) # not compiled: the graph in the cache is that of its own decoder
+    elif _runtime(runtime, bundle) == 'openvino':
         from musetalk.runtime import compile_bundle # it needs this module
         compile_bundle(bundle)
     logger.info('bundle %s from %s on %s, %s, run by %s', config['name'], folder, device, dtype, bundle.runtime)
     return bundle
-
-def _runtime(name, bundle):
-    "Which program runs the networks: what is asked for, or what the bundle is worth and this machine has"
-    name = name or os.environ.get('MUSETALK_RUNTIME')
-    if name not in (None, 'torch', 'openvino'): raise ConfigError(f"Unknown runtime '{name}'; use torch or openvino.")
-    if name: return name
-    return bundle.config.get('runtime', 'torch') if bundle.device.type == 'cpu' and find_spec('openvino') else 'torch'

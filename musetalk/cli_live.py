@@ -10,7 +10,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from .cli import AUDIO, BUNDLE, DEVICE, DTYPE, FACE_BACKEND, FLOW, JSON, LOOK, MAKING, TEXT, VIDEO, as_json, command, given_settings, option, show_bar, size_text, speech_file
+from .cli import AUDIO, FLOW, JSON, LOOK, MAKING, MODEL, TEXT, VIDEO, as_json, command, given_settings, option, show_bar, size_text, speech_file
 from .core import ConfigError
 
 # %% ../nbs/73_cli_live.ipynb #e08ff39b
@@ -22,7 +22,7 @@ AVATARS = option('--avatars', metavar='DIR', help='folder in which avatars live 
          option('--config', metavar='FILE', help="do what an avatar file of the original program's real-time script says"),
          option('--result-dir', default='results', metavar='DIR', help='folder for results without --out (default: results)'), AVATARS,
          option('--again', action='store_true', help='prepare even if nothing has changed'),
-         LOOK, FLOW, MAKING, ('model', (BUNDLE, DEVICE, DTYPE, FACE_BACKEND)), JSON, option('--no-progress', action='store_true', help='show no progress bar'),
+         LOOK, FLOW, MAKING, MODEL, JSON, option('--no-progress', action='store_true', help='show no progress bar'),
          examples=('avatar prepare anna --video anna.mp4', 'avatar speak anna --audio hello.wav --out hello.mp4', 'avatar list', 'avatar --config configs/inference/realtime.yaml'))
 def run_avatar(args):
     "musetalk avatar"
@@ -75,7 +75,7 @@ _avatar_actions = {'prepare':_avatar_prepare, 'speak':_avatar_speak, 'delete':_a
          option('--sessions', type=int, default=8, metavar='N', help='viewers at once, if the machine can keep them (default: 8)'),
          option('--upload-mb', type=float, default=2000, metavar='MB', help='largest upload (default: 2000)'),
          option('--no-check', action='store_true', help='take viewers even if the machine is too slow for one more'),
-         LOOK, FLOW, ('model', (BUNDLE, DEVICE, DTYPE, FACE_BACKEND)), examples=('serve', 'serve --video anna.mp4 --port 9000', 'serve --host 0.0.0.0'))
+         LOOK, FLOW, MODEL, examples=('serve', 'serve --video anna.mp4 --port 9000', 'serve --host 0.0.0.0'))
 def run_serve(args):
     "musetalk serve"
     from musetalk.serve import need_server, serve
@@ -104,7 +104,7 @@ def _first_avatar(Avatar, studio):
          option('--upload-mb', type=float, default=500, metavar='MB', help='largest upload (default: 500)'),
          option('--minutes', type=float, default=10, metavar='N', help='longest speech (default: 10)'),
          option('--at-once', type=int, default=1, metavar='N', help='dubs that are made at a time (default: 1)'),
-         ('model', (BUNDLE, DEVICE, DTYPE, FACE_BACKEND)), examples=('app', 'app --host 0.0.0.0 --port 8080'))
+         MODEL, examples=('app', 'app --host 0.0.0.0 --port 8080'))
 def run_app_page(args):
     "musetalk app"
     if min(args.upload_mb, args.minutes, args.at_once) <= 0: raise ConfigError('--upload-mb, --minutes and --at-once must be larger than 0.')

@@ -10,17 +10,17 @@ import shlex
 from dataclasses import asdict
 from pathlib import Path
 
-from .cli import AUDIO, BUNDLE, DEVICE, DTYPE, FACE_BACKEND, FLOW, JSON, LOOK, MAKING, VIDEO, as_json, command, given_settings, option, show_bar, size_text
+from .cli import AUDIO, BUNDLE, FACE_BACKEND, FLOW, JSON, LOOK, MAKING, MODEL, VIDEO, as_json, command, given_settings, option, show_bar, size_text
 from .core import ConfigError
 
 # %% ../nbs/74_cli_models.ipynb #b9564cb8
 @command('download', 'fetch the official weights, and check each file',
-         option('groups', nargs='*', default=['v1.5'], metavar='WHAT', help='v1.5, v1.0, face, dwpose, training, reference or all (default: v1.5)'),
+         option('groups', nargs='*', default=['v1.5'], metavar='WHAT', help='v1.5, v1.0, small, face, dwpose, training, reference or all (default: v1.5)'),
          option('--dir', metavar='DIR', help='the models folder (default: models, or the first of MUSETALK_MODELS)'),
          option('--mirror', metavar='URL', help="a host with the hub's layout, a copy of a models folder on a web server, or such a folder"),
          option('--workers', type=int, default=4, metavar='N', help='files at a time (default: 4)'), JSON,
          option('--no-progress', action='store_true', help='show no progress bar'),
-         examples=('download v1.5', 'download all --mirror https://hub.example.org', 'download v1.0 --dir /media/stick/models'))
+         examples=('download v1.5', 'download v1.5 small', 'download all --mirror https://hub.example.org', 'download v1.0 --dir /media/stick/models'))
 def run_download(args):
     "musetalk download"
     from musetalk.models import download, models_folder
@@ -79,7 +79,7 @@ def run_train(args):
 
 @command('evaluate', 'measure how well a model dubs people it has not met', option('--source', required=True, metavar='PATH', help='folder of talking videos, or a JSON manifest'),
          option('--keep', metavar='DIR', help='keep dubs and tracks there for the next time'), option('--syncnet', metavar='PATH', help='a trained SyncNet: adds sync confidence and distance'),
-         option('--save', metavar='FILE', help='JSON report; a table (.md) and a plot (.png) come beside it'), ('model', (BUNDLE, DEVICE, DTYPE, FACE_BACKEND)), JSON,
+         option('--save', metavar='FILE', help='JSON report; a table (.md) and a plot (.png) come beside it'), MODEL, JSON,
          examples=('evaluate --source videos --save report.json',))
 def run_evaluate(args):
     "musetalk evaluate"
@@ -96,7 +96,7 @@ def run_evaluate(args):
          option('--seconds', type=float, metavar='S', help='length of the speech (default: 10 for `bench dub`, 60 for `bench stream`)'),
          option('--lengths', type=float, nargs=2, default=(10, 120), metavar='S', help='lengths for `bench memory` (default: 10 120)'),
          option('--save', metavar='FILE', help='write the figures, with the command, as JSON'),
-         LOOK, FLOW, MAKING, ('model', (BUNDLE, DEVICE, DTYPE, FACE_BACKEND)), JSON, examples=('bench dub --json', 'bench stream --json', 'bench memory --video me.mp4 --audio speech.wav --json'))
+         LOOK, FLOW, MAKING, MODEL, JSON, examples=('bench dub --json', 'bench stream --json', 'bench memory --video me.mp4 --audio speech.wav --json'))
 def run_bench(args):
     "musetalk bench"
     from musetalk.core import write_json

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'LEFT_BYTES', 'SMALL', 'FoldedResnet', 'PackedLinear', 'product', 'Upsampled', 'ExactNorm', 'quicken',
-           'QuickVAE', 'machine_code_works', 'quick_bundle', 'SmallDecoder', 'load_small_decoder', 'small_decoder',
-           'FixedBatch', 'compile_for_cuda']
+           'QuickVAE', 'machine_code_works', 'quick_bundle', 'SmallDecoder', 'find_small_decoder', 'load_small_decoder',
+           'small_decoder', 'FixedBatch', 'compile_for_cuda']
 
 # %% ../nbs/36_fast.ipynb #2bf6cf9d
 import logging
@@ -169,6 +169,8 @@ def _gigabytes():
 # %% ../nbs/36_fast.ipynb #f07ea910
 _sound = None
 
+def _wanted(): return os.environ.get('MUSETALK_QUICK', '1') != '0'
+
 def machine_code_works() -> bool: # Checked once in a process
     "Whether layers made here give on this machine what PyTorch gives"
     global _sound
@@ -197,7 +199,7 @@ def quick_bundle(
     wanted:bool|None=None, # False: leave it; None: `MUSETALK_QUICK`, else True
 ) -> Bundle: # The same
     "Give a bundle the fast layers, if they fit it and work on this machine"
-    if wanted is None: wanted = os.environ.get('MUSETALK_QUICK', '1') != '0'
+    if wanted is None: wanted = _wanted()
     here = torch.device(bundle.device).type == 'cpu' and bundle.dtype == torch.float32
     if not wanted or not here or isinstance(bundle.vae, QuickVAE) or not isinstance(bundle.vae.model, AutoencoderKL) or bundle.painter.config.layout != 'full': return bundle
     if not machine_code_works(): return bundle
@@ -229,19 +231,24 @@ class SmallDecoder(QuickVAE):
 
     def decode(self, latents):
         parameter = next(self.decoder.buffers(), None) if not list(self.decoder.parameters()) else next(self.decoder.parameters())
-        return torch.cat([self.decoder(latent.to(parameter)) for latent in latents.split(1 if latents.device.type == 'cpu' else len(latents))])
+        return torch.cat([self.decoder(latent.to(parameter)) for latent in latents.split(1 if latents.device.type == 'cpu' and not torch.jit.is_tracing() else len(latents))]) # a graph is for any number of pictures
 
 # %% ../nbs/36_fast.ipynb #b9eed834
 SMALL = 'taesd'
+
+def find_small_decoder() -> Path: # Under `models/taesd`
+    "The file of TAESD. Raises `BundleError` that says how to get it"
+    names = 'diffusion_pytorch_model.safetensors', 'taesd_decoder.safetensors', 'taesd_decoder.pth'
+    file = next((root/SMALL/name for root in find_models() for name in names if (root/SMALL/name).exists()), None)
+    if file is None: raise BundleError('The small decoder is not there: run `musetalk download small`, or put diffusion_pytorch_model.safetensors of madebyollin/taesd into models/taesd.')
+    return file
 
 def load_small_decoder(
     file=None, # safetensors of `AutoencoderTiny`, or `taesd_decoder.safetensors`; None: under `models/taesd`
 ) -> nn.Module: # In evaluation mode
     "The decoder of TAESD. Raises `BundleError` when it is missing or another network"
     from musetalk.official import check_fit, read_weights
-    names = 'diffusion_pytorch_model.safetensors', 'taesd_decoder.safetensors', 'taesd_decoder.pth'
-    file = Path(file) if file else next((root/SMALL/name for root in find_models() for name in names if (root/SMALL/name).exists()), None)
-    if file is None: raise BundleError('The small decoder is not there: put diffusion_pytorch_model.safetensors of madebyollin/taesd into models/taesd.')
+    file = Path(file) if file else find_small_decoder()
     weights = read_weights(file)
     if 'decoder.layers.0.weight' in weights: weights = {name.removeprefix('decoder.'): value for name, value in weights.items() if name.startswith('decoder.')}
     elif '1.weight' in weights: weights = {f'layers.{int(number) - 1}.{rest}': value for name, value in weights.items() for number, rest in [name.split('.', 1)]} # its makers' own file counts a first layer that has no weights
@@ -259,10 +266,10 @@ def small_decoder(
     "Let a bundle decode with TAESD. Raises `BundleError` for a bundle of other latents"
     if bundle.vae.channels != 4: raise BundleError(f'The small decoder reads the 4 latent channels of Stable Diffusion; {bundle} has {bundle.vae.channels}.')
     decoder = load_small_decoder(file).to(bundle.device, bundle.dtype)
-    if torch.device(bundle.device).type == 'cpu' and bundle.dtype == torch.float32 and machine_code_works():
+    if torch.device(bundle.device).type == 'cpu' and bundle.dtype == torch.float32 and _wanted() and machine_code_works():
         for name, layer in list(decoder.named_modules()):
             if isinstance(layer, nn.Conv2d) and fits(layer): _put(decoder, name, WinogradConv2d(layer, 4))
-    bundle.vae = SmallDecoder(getattr(bundle.vae, 'big', bundle.vae), decoder)
+    bundle.vae, bundle.decoder = SmallDecoder(getattr(bundle.vae, 'big', bundle.vae), decoder), 'small'
     return bundle
 
 # %% ../nbs/36_fast.ipynb #f4513af8

@@ -31,7 +31,8 @@ HUBS = dict( # repository, revision, licence of its weights
     whisper=('openai/whisper-tiny', '169d4a4341b33bc18d8881c4b69c2e104e1cc0af', 'Apache-2.0'),
     parser=('ManyOtherFunctions/face-parse-bisent', '0073b233a5a3c4b1377d4dbf49245017938a72b5', 'MIT; trained on CelebAMask-HQ, which is for research'),
     latentsync=('ByteDance/LatentSync', '405eda8eab9f65c1a6e0c292a5dee5a08089e2ae', 'OpenRAIL++'),
-    dwpose=('yzd-v/DWPose', '1a7144101628d69ee7a3768d1ee3a094070dc388', 'Apache-2.0'))
+    dwpose=('yzd-v/DWPose', '1a7144101628d69ee7a3768d1ee3a094070dc388', 'Apache-2.0'),
+    taesd=('madebyollin/taesd', '614f76814bbe30edbe2e627ace1c2234c81a2c0e', 'MIT'))
 
 @dataclass(frozen=True)
 class ModelFile:
@@ -75,6 +76,7 @@ FILES = tuple(ModelFile(*line) for line in (
     ('face-parse-bisent/resnet18-5c106cde.pth', 'parser', 'resnet18-5c106cde.pth', 46827520,
      '5c106cde386e87d4033832f2996f5493238eda96ccf559d1d62760c4de0613f8', ('reference',), (TORCH + 'resnet18-5c106cde.pth',), 'BSD-3-Clause'),
     ('dwpose/dw-ll_ucoco_384.onnx', 'dwpose', 'dw-ll_ucoco_384.onnx', 134399116, '724f4ff2439ed61afb86fb8a1951ec39c6220682803b4a8bd4f598cd913b1843', ('dwpose',)),
+    ('taesd/diffusion_pytorch_model.safetensors', 'taesd', 'diffusion_pytorch_model.safetensors', 9793292, 'db169d69145ec4ff064e49d99c95fa05d3eb04ee453de35824a6d0f325513549', ('small',)),
     ('dwpose/dw-ll_ucoco_384.pth', 'dwpose', 'dw-ll_ucoco_384.pth', 406878486, '0d9408b13cd863c4e95a149dd31232f88f2a12aa6cf8964ed74d7d97748c7a07', ('reference',))))
 
 # %% ../nbs/64_models.ipynb #d8dbfc7b
@@ -82,6 +84,7 @@ ALIASES = {'v15': 'v1.5', '1.5': 'v1.5', 'v1': 'v1.0', 'v10': 'v1.0', '1.0': 'v1
 GROUPS = {
     'v1.5': 'MuseTalk 1.5: UNet, autoencoder, speech encoder, face parser',
     'v1.0': 'MuseTalk 1.0: the same with its first UNet',
+    'small': 'TAESD, a small decoder for both, see --small-decoder',
     'face': 'S3FD and FAN, for the package face-alignment',
     'dwpose': 'landmarks as the original finds them, for onnxruntime',
     'training': 'SyncNet and VGG-19, judges of the second stage of training',

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ import pytest
 import musetalk
 from musetalk.cli import COMMANDS, main
 from musetalk.speak import speak
-from musetalk.core import ConfigError, save_image
+from musetalk.core import ConfigError, save_image, sha256_file
 from musetalk.media import VideoSource
+from musetalk.models import FILES
 from musetalk.sound import load_audio, write_audio
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -168,6 +170,42 @@ def test_download_and_models(tmp_path, shelf, capsys, monkeypatch):
     (tmp_path/'mine/sd-vae/config.json').write_text('{}')
     status, _, complaint = run('download', 'v1.5', capsys=capsys)
     assert status == 2 and 'sd-vae/config.json is not the official file' in complaint and complaint.count('\n') == 1
+
+
+def test_small_decoder(tmp_path, shelf, portrait, capsys, monkeypatch):
+    "Fetched by its group, asked for by an option, gone with the command; and every way it can be missing"
+    import torch
+    from diffusers import AutoencoderTiny
+    from safetensors.torch import save_file
+    from musetalk import models
+    monkeypatch.setenv('MUSETALK_MODELS', str(tmp_path/'mine'))
+    monkeypatch.delenv('MUSETALK_DECODER', raising=False)
+    save_image(tmp_path/'she.png', portrait)
+    write_audio(tmp_path/'words.wav', np.float32(.2*np.sin(np.arange(3200)/20)))
+    assert run('download', 'v1.5', '--mirror', shelf.address, '--no-progress', capsys=capsys)[0] == 0
+    words = 'dub', '--video', tmp_path/'she.png', '--audio', tmp_path/'words.wav', '--device', 'cpu', '--dtype', 'fp32', '--crf', 0, '--bundle'
+    status, _, complaint = run(*words, 'v1.5', '--small-decoder', '--out', tmp_path/'none.mp4', capsys=capsys)
+    assert status == 2 and 'run `musetalk download small`' in complaint and complaint.count('\n') == 1 and not (tmp_path/'none.mp4').exists()
+    status, _, complaint = run(*words, 'mini', '--small-decoder', '--out', tmp_path/'none.mp4', capsys=capsys)
+    assert status == 2 and 'reads the 4 latent channels of Stable Diffusion' in complaint and complaint.count('\n') == 1
+    name = 'taesd/diffusion_pytorch_model.safetensors'
+    (tmp_path/'stick/taesd').mkdir(parents=True)
+    torch.manual_seed(0)
+    save_file(AutoencoderTiny().state_dict(), tmp_path/'stick'/name)
+    (known,) = (replace(file, bytes=(tmp_path/'stick'/name).stat().st_size, sha256=sha256_file(tmp_path/'stick'/name)) for file in FILES if file.path == name)
+    monkeypatch.setattr(models.download, '__kwdefaults__', models.download.__kwdefaults__ | dict(files=(known,)))
+    status, printed, _ = run('download', 'small', '--mirror', tmp_path/'stick', '--no-progress', capsys=capsys)
+    assert status == 0 and printed.startswith(name) and printed.count(' whole\n') == 1
+    file = tmp_path/'mine'/name
+    for name, option in (('own', ()), ('small', ('--small-decoder',))):
+        status, _, complaint = run(*words, 'v1.5', *option, '--out', tmp_path/f'{name}.mp4', capsys=capsys)
+        assert status == 0 and 'MUSETALK_DECODER' not in os.environ, complaint
+    own, small = (next(VideoSource(tmp_path/f'{name}.mp4').frames(0, 1)).image.astype(int) for name in ('own', 'small'))
+    assert np.abs(own - small).max() > 8 and not np.abs(own - small)[:own.shape[0]//3].any() # another mouth, and nothing else
+    assert [json.loads((tmp_path/f'{name}.json').read_text())['bundle']['decoder'] for name in ('own', 'small')] == ['own', 'small']
+    file.write_bytes(file.read_bytes()[:1000])
+    status, _, complaint = run(*words, 'v1.5', '--small-decoder', '--out', tmp_path/'none.mp4', capsys=capsys)
+    assert status == 2 and 'is damaged' in complaint and complaint.count('\n') == 1
 
 
 @pytest.mark.parametrize('words,sentence', [(['v2'], "under the name 'v2': choose v1.5"), (['v1.5', '--mirror', 'http://127.0.0.1:9'], 'no connection to 127.0.0.1:9'), (['--workers', '0'], '--workers is 0')])
