@@ -49,7 +49,6 @@ def sync_judge(syncnet, # None, a path, a `SyncNet`, or a function (crops, sampl
     from musetalk.syncnet import sync_scores as scores
     return lambda crops, samples: scores(syncnet, crops, samples, encoder)
 
-# %% ../nbs/55_evaluate.ipynb #3259bfd1
 def face_crops(path:Path, # video
                track:FaceTrack, # of it
                most:int=500 # frames
@@ -158,6 +157,41 @@ METRICS = dict( # title, decimals, whether more is better (None: 1 is best)
     sync_confidence=('sync confidence', 2, True), sync_distance=('sync distance', 2, False))
 TARGETS = dict(correlation=(.5, None), lag=(-1, 1), articulation=(.8, 1.2), silence_motion=(None, .05), identity_ratio=(.9, None), sharpness=(.7, None))
 
+# %% ../nbs/55_evaluate.ipynb #bc350522
+def _clip_rows(workshop, words, index, partner, features, judge):
+    "Self-driven rows, cross-driven rows, identity vectors of one clip"
+    face, said = words[index], words[partner]
+    others = [w for w in words if w.clip.identity != said.clip.identity] or [w for w in words if w is not said]
+    itself, driven = mouth_rows(workshop, face, said, others)
+    pictures, portraits, vectors = face_rows(workshop, face.clip, said.clip, features)
+    judged = sync_rows(workshop, judge, face, said, words[(partner + 1) % len(words)]) if judge else {}
+    return tuple({row: numbers | faces.get(row, {}) | extra.get(row, {}) for row, numbers in mouths.items()}
+                 for mouths, faces, extra in ((itself, pictures, {}), (driven, portraits, judged))) + (vectors,)
+
+def _rounded(value):
+    "Four decimals; NaN becomes None"
+    if isinstance(value, dict): return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)): return [_rounded(item) for item in value]
+    if isinstance(value, (float, np.floating)): return round(float(value), 4) if np.isfinite(value) else None
+    return value
+
+# %% ../nbs/55_evaluate.ipynb #418e825c
+def _evaluation(workshop, words, partners, rows, frechet):
+    "Put the rows together"
+    clips, curves = [], []
+    for index, partner in enumerate(partners):
+        face, said = words[index], words[partner]
+        drop = lambda table: {row: {key: value for key, value in numbers.items() if key != 'lags'} for row, numbers in table.items()}
+        clips.append(dict(name=face.clip.name, identity=face.clip.identity, lag=face.clip.lag, words=said.clip.name, frames=len(said.silent),
+                          self_driven=drop(rows[index][0]), cross_driven=drop(rows[index][1])))
+        dubbed = workshop.track(workshop.dubbed(face.clip, said.clip)).opening
+        curves.append(dict(name=face.clip.name, words=said.clip.name, dubbed=dubbed, real=said.curve, silent=np.flatnonzero(said.silent).tolist()))
+    settings = {key: value if isinstance(value, (int, float, bool, str)) else str(value) for key, value in workshop.settings.items()}
+    model = dict(name=workshop.bundle.config['name'], version=workshop.bundle.config.get('version'), settings=settings)
+    if workshop.bundle.folder: model['sha256'] = sha256_file(Path(workshop.bundle.folder)/'bundle.json')
+    missing = [f'{kind.upper()}: {text}' for kind, text in frechet.items() if isinstance(text, str)]
+    return Evaluation(model, *map(_rounded, (clips, table_of([row[0] for row in rows]), table_of([row[1] for row in rows]), frechet)), missing, _rounded(curves))
+
 # %% ../nbs/55_evaluate.ipynb #89690739
 def evaluate(source, # folder, manifest, or list of talking videos; see `talking_clips`
              bundle='mini', # name, folder, or a loaded `Bundle`
@@ -184,41 +218,6 @@ def evaluate(source, # folder, manifest, or list of talking videos; see `talking
     if judge is None: result.missing.append('sync confidence and distance: no SyncNet was given')
     if out: write_evaluation(result, out)
     return result
-
-# %% ../nbs/55_evaluate.ipynb #bc350522
-def _clip_rows(workshop, words, index, partner, features, judge):
-    "Self-driven rows, cross-driven rows, identity vectors of one clip"
-    face, said = words[index], words[partner]
-    others = [w for w in words if w.clip.identity != said.clip.identity] or [w for w in words if w is not said]
-    itself, driven = mouth_rows(workshop, face, said, others)
-    pictures, portraits, vectors = face_rows(workshop, face.clip, said.clip, features)
-    judged = sync_rows(workshop, judge, face, said, words[(partner + 1) % len(words)]) if judge else {}
-    return tuple({row: numbers | faces.get(row, {}) | extra.get(row, {}) for row, numbers in mouths.items()}
-                 for mouths, faces, extra in ((itself, pictures, {}), (driven, portraits, judged))) + (vectors,)
-
-# %% ../nbs/55_evaluate.ipynb #418e825c
-def _rounded(value):
-    "Four decimals; NaN becomes None"
-    if isinstance(value, dict): return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)): return [_rounded(item) for item in value]
-    if isinstance(value, (float, np.floating)): return round(float(value), 4) if np.isfinite(value) else None
-    return value
-
-def _evaluation(workshop, words, partners, rows, frechet):
-    "Put the rows together"
-    clips, curves = [], []
-    for index, partner in enumerate(partners):
-        face, said = words[index], words[partner]
-        drop = lambda table: {row: {key: value for key, value in numbers.items() if key != 'lags'} for row, numbers in table.items()}
-        clips.append(dict(name=face.clip.name, identity=face.clip.identity, lag=face.clip.lag, words=said.clip.name, frames=len(said.silent),
-                          self_driven=drop(rows[index][0]), cross_driven=drop(rows[index][1])))
-        dubbed = workshop.track(workshop.dubbed(face.clip, said.clip)).opening
-        curves.append(dict(name=face.clip.name, words=said.clip.name, dubbed=dubbed, real=said.curve, silent=np.flatnonzero(said.silent).tolist()))
-    settings = {key: value if isinstance(value, (int, float, bool, str)) else str(value) for key, value in workshop.settings.items()}
-    model = dict(name=workshop.bundle.config['name'], version=workshop.bundle.config.get('version'), settings=settings)
-    if workshop.bundle.folder: model['sha256'] = sha256_file(Path(workshop.bundle.folder)/'bundle.json')
-    missing = [f'{kind.upper()}: {text}' for kind, text in frechet.items() if isinstance(text, str)]
-    return Evaluation(model, *map(_rounded, (clips, table_of([row[0] for row in rows]), table_of([row[1] for row in rows]), frechet)), missing, _rounded(curves))
 
 # %% ../nbs/55_evaluate.ipynb #6f899d76
 def markdown_table(head:list, # titles
