@@ -222,6 +222,14 @@ async def write(self:SocketViewer, session):
             picture, key = (b'', False) if self.behind > 5 else await asyncio.get_running_loop().run_in_executor(self.studio.workers, encoder, value.image, value.number)
             await self.socket.send_bytes(pack_frame(value, picture, key))
 
+@patch
+async def _farewell(self:SocketViewer, code, reason):
+    try:
+        async with asyncio.timeout(5): # he may not be listening
+            if reason: await self.socket.send_text(json.dumps(dict(type='error', message=reason)))
+            await self.socket.close(code)
+    except Exception as error: logger.debug('a client left before the good-bye: %s', error) # whatever the library raises then
+
 # %% ../nbs/63_serve.ipynb #f23d24af
 @patch
 async def read(self:SocketViewer, session, sample_rate):
@@ -278,14 +286,31 @@ async def run(self:SocketViewer,
         if session is not None: await self.studio.dismiss(session)
     await self._farewell(code, reason)
 
-# %% ../nbs/63_serve.ipynb #b583dc1b
-@patch
-async def _farewell(self:SocketViewer, code, reason):
-    try:
-        async with asyncio.timeout(5): # he may not be listening
-            if reason: await self.socket.send_text(json.dumps(dict(type='error', message=reason)))
-            await self.socket.close(code)
-    except Exception as error: logger.debug('a client left before the good-bye: %s', error) # whatever the library raises then
+# %% ../nbs/63_serve.ipynb #fff3f6d5
+def _other_routes(app, studio):
+    from fastapi import WebSocket
+    from fastapi.responses import FileResponse, PlainTextResponse
+    from fastapi.staticfiles import StaticFiles
+    static = Path(str(files('musetalk')))/'static'
+
+    @app.get('/health', summary='How the server is')
+    def health(): return studio.health()
+
+    @app.get('/metrics', response_class=PlainTextResponse, summary='Counters and gauges for Prometheus')
+    def metrics(): return PlainTextResponse(studio.metrics(), media_type='text/plain; version=0.0.4')
+
+    @app.websocket('/v1/stream')
+    async def stream(socket: WebSocket):
+        await socket.accept()
+        asked = socket.query_params
+        try: viewer, rate = SocketViewer(studio, socket, asked.get('format', 'jpeg')), int(asked.get('sample_rate', '16000'))
+        except ValueError: return await SocketViewer(studio, socket)._farewell(1008, f"The sample rate {asked['sample_rate'][:20]!r} is no number.")
+        await viewer.run(asked.get('avatar', ''), rate, socket.client.host if socket.client else '')
+
+    @app.get('/', include_in_schema=False)
+    def page(): return FileResponse(static/'index.html', headers={'Content-Security-Policy':POLICY, 'Referrer-Policy':'no-referrer', 'X-Content-Type-Options':'nosniff', 'Cache-Control':'no-cache'})
+
+    app.mount('/static', StaticFiles(directory=static), name='static')
 
 # %% ../nbs/63_serve.ipynb #1d0861a6
 POLICY = "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; connect-src 'self' ws: wss:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
@@ -313,32 +338,6 @@ def make_app(
         return JSONResponse(dict(error='; '.join(f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors())), 422)
     for routes in (_avatar_routes, _upload_routes, _session_routes, _speech_routes, _other_routes): routes(app, studio)
     return app
-
-# %% ../nbs/63_serve.ipynb #fff3f6d5
-def _other_routes(app, studio):
-    from fastapi import WebSocket
-    from fastapi.responses import FileResponse, PlainTextResponse
-    from fastapi.staticfiles import StaticFiles
-    static = Path(str(files('musetalk')))/'static'
-
-    @app.get('/health', summary='How the server is')
-    def health(): return studio.health()
-
-    @app.get('/metrics', response_class=PlainTextResponse, summary='Counters and gauges for Prometheus')
-    def metrics(): return PlainTextResponse(studio.metrics(), media_type='text/plain; version=0.0.4')
-
-    @app.websocket('/v1/stream')
-    async def stream(socket: WebSocket):
-        await socket.accept()
-        asked = socket.query_params
-        try: viewer, rate = SocketViewer(studio, socket, asked.get('format', 'jpeg')), int(asked.get('sample_rate', '16000'))
-        except ValueError: return await SocketViewer(studio, socket)._farewell(1008, f"The sample rate {asked['sample_rate'][:20]!r} is no number.")
-        await viewer.run(asked.get('avatar', ''), rate, socket.client.host if socket.client else '')
-
-    @app.get('/', include_in_schema=False)
-    def page(): return FileResponse(static/'index.html', headers={'Content-Security-Policy':POLICY, 'Referrer-Policy':'no-referrer', 'X-Content-Type-Options':'nosniff', 'Cache-Control':'no-cache'})
-
-    app.mount('/static', StaticFiles(directory=static), name='static')
 
 # %% ../nbs/63_serve.ipynb #6ae705be
 def bind(
