@@ -362,7 +362,9 @@ def bench_model(
 
 def _bench_cpu(size, batch, times):
     import torch
+    from copy import deepcopy
     from musetalk.fast import quick_bundle
+    from musetalk.fast_source import quick_parser
     from musetalk.parsing import FaceParser
     from musetalk.vae import mask_lower_half
     bundle, parser = random_model(size), FaceParser().eval()
@@ -383,25 +385,27 @@ def _bench_cpu(size, batch, times):
     taken = [[_taken(work) for work in (lambda: [plain.encode(picture) for picture in pair.split(1)], lambda: vae.encode(pair), lambda: plain.decode(latents[:1, :4]), lambda: vae.decode(latents[:1, :4]), lambda: small.decode(latents[:1, :4]))] for _ in range(times)]
     encode, mine, decode, our, tiny = (min(stage) for stage in zip(*taken))
     found |= {'encode': (encode, mine), 'decoder': (decode, our), 'small decoder': (decode, tiny)}
-    parse, files = _taken(lambda: parser(face), times), 2*_taken(lambda: _png_round(frame), times)
-    return _model_figures(bundle.config['name'], flops, found, results, parse, files, dict(batch=batch, times=times))
+    fast_parser = quick_parser(deepcopy(parser))
+    results['parse'] = parser(face), fast_parser(face)
+    parses = [[_taken(lambda: network(face)) for network in (parser, fast_parser)] for _ in range(times)]
+    found['parse'], files = tuple(min(parse) for parse in zip(*parses)), 2*_taken(lambda: _png_round(frame), times)
+    return _model_figures(bundle.config['name'], flops, found, results, files, dict(batch=batch, times=times))
 
 # %% ../nbs/66_bench.ipynb #a9e38eaa
-def _model_figures(name, flops, found, results, parse, files, settings):
+def _model_figures(name, flops, found, results, files, settings):
     def faster(theirs, ours): return dict(reference_ms=round(theirs, 1), ours_ms=round(ours, 1), faster=round(theirs/ours, 2))
     def added(*names): return tuple(sum(found[name][side] for name in names) for side in (0, 1))
     stages = {name: faster(*pair) for name, pair in found.items()} | {
         'unet and decoder': faster(*added('unet', 'decoder')), 'unet and small decoder': faster(*added('unet', 'small decoder'))}
-    theirs, ours = added('encode', 'unet', 'decoder')
-    small = added('encode', 'unet', 'small decoder')[1]
-    job = {'each frame new': faster(theirs + parse + files, ours + parse), 'each frame new, small decoder': faster(theirs + parse + files, small + parse)}
-    theirs, ours = added('unet', 'decoder')
-    job['footage repeated'] = faster(theirs + parse + files/2, ours)
-    job['footage repeated, small decoder'] = faster(theirs + parse + files/2, added('unet', 'small decoder')[1])
+    job, parse = {}, found['parse'][0] # the reference parses every frame anew
+    for decoder, name in (('decoder', ''), ('small decoder', ', small decoder')):
+        new, again = (added(*more, 'unet', decoder) for more in (('encode', 'parse'), ()))
+        job[f'each frame new{name}'] = faster(new[0] + files, new[1])
+        job[f'footage repeated{name}'] = faster(again[0] + parse + files/2, again[1])
     rate = matrix_rate()
     errors = {name: float((mine - theirs).norm()/theirs.norm()) for name, (theirs, mine) in results.items()}
     return dict(measured='milliseconds of processor time for a frame, all threads together', machine=machine_kind(), date=date.today().isoformat(), threads=_threads(), model=name, **settings,
-                stages=stages, job=job, parse_ms=round(parse, 1), files_ms=round(files, 1), gigaflops={name: round(count/1e9, 1) for name, count in flops.items()}, matrix_rate=dict(float32=round(rate, 1), bfloat16=round(matrix_rate('bfloat16', 256), 1)),
+                stages=stages, job=job, files_ms=round(files, 1), gigaflops={name: round(count/1e9, 1) for name, count in flops.items()}, matrix_rate=dict(float32=round(rate, 1), bfloat16=round(matrix_rate('bfloat16', 256), 1)),
                 fraction={name: dict(reference=round(flops[name]/found[name][0]/rate/1e6, 2), ours=round(flops[name]/found[name][1]/rate/1e6, 2)) for name in flops},
                 relative_error=max(errors.values()), relative_errors=errors, peak_megabytes=round(peak_megabytes(), 1))
 

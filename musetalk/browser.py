@@ -260,6 +260,6 @@ def bench_browser(
             plain, answer = watched(browser, live, start), interrupted(browser, live, start)
             received = recorded(browser, live, start, Path(record or place/'received.webm'))
             version = browser.do('Browser.getVersion')['product']
-    return dict(measured='received over WebRTC on loopback, browser and server on one machine', machine=machine_kind(), date=date.today().isoformat(), browser=version, bundle=model.config['name'], avatar=dict(width=size, height=size, fps=25),
+    return dict(measured='received over WebRTC on loopback, browser and server on one machine', machine=machine_kind(), date=date.today().isoformat(), browser=version, bundle=model.config['name'], runtime=model.runtime, avatar=dict(width=size, height=size, fps=25),
                 received=plain, interruption_ms=answer, lips_behind_sound_ms=dict(sent=sent['lag_ms'], received=received['lag_ms'], transport=received['lag_ms'] - sent['lag_ms']),
                 correlation=dict(sent=round(sent['correlation'], 3), received=round(received['correlation'], 3)))

@@ -44,9 +44,9 @@ class FoldedResnet(nn.Module):
             self.conv1.bias = nn.Parameter(self.conv1.bias + shift, requires_grad=False)
         if m: self.conv1, self.conv2 = (WinogradConv2d(conv, m) for conv in (self.conv1, self.conv2))
 
-    def forward(self, images, temb=None):
+    def forward(self, images, temb=None, repeated=(0, 0)): # for the last see `36_fast_source`
         kept = images if self.shortcut is None else self.shortcut(images)
-        if self.m: return self.conv2.run(normalized(self.conv1.run(normalized(images, self.norm1)), self.norm2), kept)
+        if self.m: return self.conv2.run(normalized(self.conv1.run(normalized(images, self.norm1, repeated=repeated)), self.norm2, repeated=repeated), kept)
         return kept + self.conv2(_bent(self.conv1(_bent(images, self.norm1)), self.norm2))
 
 def _exact(images): return images.device.type == 'cpu' and images.dtype == torch.float32 and images.shape[1] % LANES == 0
@@ -199,6 +199,7 @@ def quick_bundle(
     wanted:bool|None=None, # False: leave it; None: `MUSETALK_QUICK`, else True
 ) -> Bundle: # The same
     "Give a bundle the fast layers, if they fit it and work on this machine"
+    from musetalk.fast_source import RepeatingEncoder
     if wanted is None: wanted = _wanted()
     here = torch.device(bundle.device).type == 'cpu' and bundle.dtype == torch.float32
     if not wanted or not here or isinstance(bundle.vae, QuickVAE) or not isinstance(bundle.vae.model, AutoencoderKL) or bundle.painter.config.layout != 'full': return bundle
@@ -209,6 +210,7 @@ def quick_bundle(
     except ValueError as error: raise BundleError(f'The UNet of {bundle} cannot be made fast ({error}): set MUSETALK_QUICK=0.') from error
     quicken(bundle.vae.model.decoder, bundle.image_size//8)
     quicken(bundle.vae.model.encoder, bundle.image_size)
+    bundle.vae.model.encoder = RepeatingEncoder(bundle.vae.model.encoder)
     for model in (bundle.painter, bundle.vae.model): model.save_pretrained = _refuse
     bundle.vae = QuickVAE(bundle.vae.model)
     logger.info('%s paints with fast layers', bundle)
@@ -231,7 +233,8 @@ class SmallDecoder(QuickVAE):
 
     def decode(self, latents):
         parameter = next(self.decoder.buffers(), None) if not list(self.decoder.parameters()) else next(self.decoder.parameters())
-        return torch.cat([self.decoder(latent.to(parameter)) for latent in latents.split(1 if latents.device.type == 'cpu' and not torch.jit.is_tracing() else len(latents))]) # a graph is for any number of pictures
+        if latents.device.type != 'cpu' or torch.jit.is_tracing(): return self.decoder(latents.to(parameter)) # a graph is for any number of pictures
+        return torch.cat([self.decoder(latent.to(parameter)) for latent in latents.split(1)])
 
 # %% ../nbs/36_fast.ipynb #b9eed834
 SMALL = 'taesd'

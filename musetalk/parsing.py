@@ -127,6 +127,7 @@ def load_parser(
     device:str|None=None, # Where it runs; None chooses
 ) -> FaceParser: # In evaluation mode, frozen
     "The face parser. Raises `BundleError` for a file that is missing, damaged or of another network"
+    from musetalk.fast_source import quick_parser
     from musetalk.official import check_fit, read_weights
     places = [Path(file)] if file else [root/'face-parse-bisent'/'79999_iter.pth' for root in find_models()]
     file = next((place for place in places if place.exists()), None)
@@ -135,7 +136,7 @@ def load_parser(
     with torch.device('meta'): network = FaceParser()
     check_fit(weights, network, file, 'BiSeNet for 19 classes')
     network.load_state_dict(weights, assign=True)
-    return network.to(choose_device(device)).eval().requires_grad_(False)
+    return quick_parser(network.to(choose_device(device)).eval().requires_grad_(False))
 
 # %% ../nbs/15_parsing.ipynb #cbdcac46
 def parser_square(

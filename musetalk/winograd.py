@@ -350,6 +350,7 @@ def normalized(
     norm:nn.GroupNorm, # Its groups, weight, bias
     bend:bool=True, # SiLU behind it
     pad:int=1, # Empty pixels around; 0: a result of its own
+    repeated:tuple=(0, 0), # A row, and how many more like it the statistics shall count
 ) -> torch.Tensor: # [B,H+2*pad,W+2*pad,C]
     "Group normalization, sums in double precision"
     (count, channels, height, width), kernels = images.shape, _kernels()
@@ -360,7 +361,12 @@ def normalized(
         kernels['moments'](source.data_ptr(), part.ctypes.data, first, last, height, width, channels)
         with lock: np.add(sums, part, sums)
     _shared(measure, count*height)
-    mean, square = (torch.from_numpy(sums).view(count, 2, norm.num_groups, -1).mean(3)/(height*width)).unbind(1)
+    row, more = repeated
+    if more:
+        again = np.zeros_like(sums)
+        for line in range(row, count*height, height): kernels['moments'](source.data_ptr(), again.ctypes.data, line, line + 1, height, width, channels)
+        sums += more*again
+    mean, square = (torch.from_numpy(sums).view(count, 2, norm.num_groups, -1).mean(3)/((height + more)*width)).unbind(1)
     factor = (square - mean**2 + norm.eps).rsqrt()
     spread = lambda numbers: numbers.repeat_interleave(channels//norm.num_groups, 1)
     scale = spread(factor)*norm.weight.double()
