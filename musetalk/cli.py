@@ -78,6 +78,7 @@ examples:
 `musetalk COMMAND --help` tells more about a command.
 '''
 
+# %% ../nbs/72_cli.ipynb #bldprs01
 def build_parser() -> argparse.ArgumentParser: # Knows every command of `COMMANDS`
     "The parser for the whole command line"
     parser = argparse.ArgumentParser('musetalk', description='Make the face in a video or a picture say what you want, on your own computer.', epilog=OVERVIEW, formatter_class=_Formatter)
@@ -117,6 +118,7 @@ def main(
         sys.stderr.close()
         return 141
 
+# %% ../nbs/72_cli.ipynb #envrmt01
 @contextmanager
 def _environment(**said):
     "What --dtype, --face-backend and --small-decoder say, where `choose_dtype`, `face_backend` and `load_bundle` look"
@@ -160,6 +162,7 @@ SMALL_DECODER = option('--small-decoder', dest='decoder', action='store_const', 
 MODEL = ('model', (BUNDLE, DEVICE, DTYPE, FACE_BACKEND, SMALL_DECODER))
 JSON = option('--json', action='store_true', help='print figures as JSON')
 
+# %% ../nbs/72_cli.ipynb #lookng01
 def _look(name, kind, help, **details):
     return option(f'--{name.replace("_", "-")}', dest=name, type=kind, default=argparse.SUPPRESS, metavar=details.pop('metavar', 'N'), help=help, **details)
 
