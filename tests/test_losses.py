@@ -1,17 +1,17 @@
 "Discriminator and losses: parity with recorded figures of the reference, and terms that stand alone"
 import json
-import zlib
 from functools import partial
 from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from official import agree
+from official import agree, recipe, with_singular_vectors
 from musetalk.core import BundleError, ConfigError
 from musetalk.discriminator import (MultiScaleDiscriminator, adversarial_loss, discriminator_from_config, discriminator_loss, downsample,
                                     feature_matching_loss, gaussian_kernel)
 from musetalk.losses import VGG19Features, load_vgg19, perceptual_differences, perceptual_loss, silence_loss
 from musetalk.objective import TERMS, Discriminators, Losses, LossWeights, pull_on_picture
+from musetalk.parity import recipe_input
 from musetalk.regions import mask_rectangles, mouth_crops, mouth_rectangles, rectangle_mask, reference_mouth_rectangle
 
 GOLDEN = Path(__file__).resolve().parent/'golden'
@@ -22,34 +22,7 @@ def golden(name):
     return stored, json.loads(str(stored['meta']))
 
 
-def normal(seed, key, shape): return np.random.default_rng(zlib.crc32(f'{seed}:{key}'.encode())).standard_normal(shape, dtype=np.float32)
-
-
-def noise(seed, name, shape): return torch.from_numpy(np.clip(.5*normal(seed, f'input:{name}', shape), -1, 1))
-
-
-def recipe(seed, shapes):
-    "The deterministic weights the recorded figures were made with"
-    out = {}
-    for key, shape in shapes.items():
-        values = normal(seed, key, shape)
-        if key.endswith(('weight_u', 'weight_v')): values = values/np.linalg.norm(values)
-        elif values.ndim >= 2: values = values/np.float32(np.sqrt(np.prod(shape[1:])))
-        elif key.endswith('weight'): values = 1 + .05*values
-        else: values = .05*values
-        out[key] = values
-    return out
-
-
-def with_singular_vectors(state):
-    "One power iteration in double precision, as the recorded weights had"
-    for key in [key for key in state if key.endswith('weight_orig')]:
-        stem, matrix = key.removesuffix('_orig'), state[key].reshape(len(state[key]), -1).astype(np.float64)
-        v = matrix.T @ state[stem + '_u'].astype(np.float64)
-        v /= np.linalg.norm(v)
-        u = matrix @ v
-        state[stem + '_u'], state[stem + '_v'] = np.float32(u/np.linalg.norm(u)), np.float32(v)
-    return state
+def noise(seed, name, shape): return torch.from_numpy(recipe_input(seed, name, shape))
 
 
 @pytest.fixture
@@ -61,7 +34,7 @@ def judge():
     new = {'weight_orig': 'parametrizations.weight.original', 'weight_u': 'parametrizations.weight.0._u', 'weight_v': 'parametrizations.weight.0._v'}
     names = {key: '.'.join([key.rpartition('.')[0], new.get(key.rpartition('.')[2], key.rpartition('.')[2])]) for key in meta['state_keys']}
     state = with_singular_vectors(recipe(meta['weight_seed'], {key: present[name] for key, name in names.items()}))
-    network.load_state_dict({key: torch.from_numpy(np.asarray(value)) for key, value in state.items()})
+    network.load_state_dict(state)
     return network
 
 
@@ -123,7 +96,7 @@ def vgg():
     _, meta = golden('vgg_perceptual')
     network = VGG19Features(reference_range=True)
     state = recipe(meta['weight_seed'], {key: tuple(value.shape) for key, value in network.state_dict().items()})
-    network.load_state_dict({key: torch.from_numpy(np.float32(value*np.sqrt(2)) if key.endswith('weight') else value) for key, value in state.items()})
+    network.load_state_dict({key: value*2**.5 if key.endswith('weight') else value for key, value in state.items()})
     return network
 
 

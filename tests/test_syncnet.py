@@ -1,14 +1,14 @@
 "SyncNet: the reference's figures reproduced, official files loaded or refused with a reason, windows right at every offset"
 import json
 import os
-import zlib
 from functools import partial
 from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from official import agree
+from official import agree, recipe
 from musetalk.core import BundleError, ConfigError, MediaError
+from musetalk.parity import recipe_input
 from musetalk.syncnet import (OFFICIAL_SYNCNET, SyncNet, cut_windows, first_columns, hear_windows, load_syncnet, pair_loss, sync_loss, sync_mel,
                               sync_scores)
 
@@ -19,21 +19,7 @@ TINY = dict(audio_encoder=dict(in_channels=1, block_out_channels=[32, 32, 32, 64
             frames=5, region=(140, 236, 64, 192), size=(32, 64), sound_size=(80, 16))
 
 
-def recipe(seed, shapes):
-    "The deterministic weights the recorded figures were made with"
-    out = {}
-    for key, shape in shapes.items():
-        values = np.random.default_rng(zlib.crc32(f'{seed}:{key}'.encode())).standard_normal(shape, dtype=np.float32)
-        if values.ndim >= 2: values = values/np.float32(np.sqrt(np.prod(shape[1:])))
-        elif key.endswith('weight'): values = 1 + .05*values
-        else: values = .05*values
-        out[key] = torch.from_numpy(np.asarray(values, dtype=np.float32))
-    return out
-
-
-def given(seed, name, shape, scale=1):
-    values = np.random.default_rng(zlib.crc32(f'{seed}:input:{name}'.encode())).standard_normal(shape, dtype=np.float32)
-    return torch.from_numpy(np.clip(.5*values, -1, 1)*np.float32(scale))
+def given(seed, name, shape, scale=1): return torch.from_numpy(recipe_input(seed, name, shape)*np.float32(scale))
 
 
 def reproduces(name, **config):
