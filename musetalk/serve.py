@@ -97,7 +97,7 @@ class Offer:
 class Target:
     "Where a broadcast goes"
     avatar:str # Name
-    address:str # Such as rtmp://host/live/key
+    address:str # Such as rtmp://host/live/key, or camera:
 
 # %% ../nbs/63_serve.ipynb #b073c829
 def _avatar_routes(app, studio):
@@ -152,7 +152,7 @@ def _session_routes(app, studio):
         from musetalk.webrtc import answer
         return await answer(studio, offer, request.client.host if request.client else '')
 
-    @app.post('/v1/broadcasts', status_code=201, summary='Begin a broadcast to an RTMP server')
+    @app.post('/v1/broadcasts', status_code=201, summary='Begin a broadcast to an RTMP server or a virtual camera')
     async def begin(target: Target, request: Request):
         from musetalk.broadcast import broadcast
         return (await broadcast(studio, target.avatar, target.address, request.client.host if request.client else '')).figures()

@@ -620,8 +620,11 @@ def test_broadcast(studio, address):
         assert ask(address, 'DELETE', f"/v1/sessions/{session['id']}")[0] in (204, 404)
 
 
-def test_broadcast_to_nowhere(studio, address):
+def test_broadcast_to_nowhere(studio, address, monkeypatch):
     for wrong in ('/tmp/file.flv', 'file:x', 'http://127.0.0.1/x', ''): assert ask(address, 'POST', '/v1/broadcasts', dict(avatar='she', address=wrong))[0] == 400
+    monkeypatch.setitem(sys.modules, 'pyvirtualcam', None)
+    status, answer = ask(address, 'POST', '/v1/broadcasts', dict(avatar='she', address='camera:'))
+    assert status == 400 and 'musetalk[camera]' in str(answer)
     assert not studio.sessions
     status, session = ask(address, 'POST', '/v1/broadcasts', dict(avatar='she', address=f'rtmp://127.0.0.1:{free_port()}/live/key'))
     wait_for(lambda: studio.peers[session['id']].tries)
