@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AppSession', 'Sessions', 'leave', 'leave_all', 'Line', 'Stopped', 'Job', 'watched', 'side_by_side', 'Trial',
-           'surroundings', 'try_frame', 'Dubbed', 'Workshop', 'bundle', 'demo', 'voice_missing', 'say', 'start']
+           'try_frame', 'Dubbed', 'Workshop', 'bundle', 'demo', 'voice_missing', 'say', 'start']
 
 # %% ../nbs/71_app.ipynb #794a1cf1
 import secrets
@@ -27,7 +27,7 @@ from .app_intake import AppLimits, bundle_choices, plain
 from .bench import demo_portrait, demo_speech, drifting_portrait
 from .bundle import Bundle, load_bundle
 from .core import BundleError, ConfigError, MuseTalkError, save_image, write_json
-from .dub import Report, dub, preview
+from .dub import Report, dub, preview, surroundings
 from .media import VideoSource, frame_count_for, loop_order, looped
 from .sound import audio_duration
 from .speak import has_voice, speak
@@ -220,18 +220,6 @@ class Trial:
     shift_range:tuple # Suggested least and greatest `bbox_shift`, pixels
     seconds:float # That it took
 
-def surroundings(
-    image:np.ndarray, # [H,W,3]
-    box:tuple, # (x1, y1, x2, y2)
-    share:float=2., # Side of the square over the longer side of the box
-) -> np.ndarray: # [N,N,3], inside the image
-    "The square around a box"
-    x1, y1, x2, y2 = box
-    side = int(min(share*max(x2 - x1, y2 - y1), *image.shape[:2]))
-    left = int(np.clip((x1 + x2 - side)/2, 0, image.shape[1] - side))
-    top = int(np.clip((y1 + y2 - side)/2, 0, image.shape[0] - side))
-    return image[top:top + side, left:left + side]
-
 # %% ../nbs/71_app.ipynb #9e184aa6
 def try_frame(
     face:str|Path, # Footage
@@ -248,7 +236,7 @@ def try_frame(
     look = preview(face, voice, None, (number + .5)/source.fps, bundle, **settings)
     index = next(islice(loop_order(source.frame_count, number + 1, settings.get('loop', 'pingpong')), number, None))
     before = next(source.frames(index, index + 1)).image
-    return Trial(surroundings(before, look.box), surroundings(look.result, look.box), _in_two_rows(look.panels), look.box, look.shift_range, clock.perf_counter() - start)
+    return Trial(surroundings(before, look.box, 2.), surroundings(look.result, look.box, 2.), _in_two_rows(look.panels), look.box, look.shift_range, clock.perf_counter() - start)
 
 def _in_two_rows(sheet, gap=4): # four squares in a row, without the strip of labels above them
     side = (sheet.shape[1] - 3*gap)//4

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RATES', 'MASK_KNOBS', 'BLEND_KNOBS', 'loaded', 'wav_bytes', 'Heard', 'heard', 'in_frames', 'SoundPicture',
-           'listening', 'window_picture', 'audio_explorer', 'Painted', 'most_open', 'painted', 'blended', 'closer',
+           'listening', 'window_picture', 'audio_explorer', 'Painted', 'most_open', 'painted', 'blended',
            'changed_options', 'mask_tuner']
 
 # %% ../nbs/70_explorers.ipynb #cf2b8fc0
@@ -28,6 +28,7 @@ from .audio import log_mel
 from .blend import composite
 from .bundle import Bundle, load_bundle
 from .core import MediaError, contact_sheet
+from .dub import surroundings
 from .features import FEATURE_RATE
 from .mask import jaw_mask
 from .sound import audio_blocks
@@ -271,13 +272,6 @@ def blended(
     return result, composite(face.image, np.full((8, 8, 3), (40, 200, 120), np.uint8), box, .6*soft, match=False, sharpen=0)
 
 # %% ../nbs/70_explorers.ipynb #06ee8081
-def closer(image, box, share=1.15): # the square around a box, inside the picture
-    "The part of a picture that matters"
-    (x1, y1, x2, y2), (height, width) = box, image.shape[:2]
-    side = int(min(share*max(x2 - x1, y2 - y1), height, width))
-    left, top = int(np.clip((x1 + x2 - side)/2, 0, width - side)), int(np.clip((y1 + y2 - side)/2, 0, height - side))
-    return image[top:top + side, left:left + side]
-
 def changed_options(**values)->str: # Such as '--feather 0.1 --no-match'
     "What differs from a dub's own settings, as options of the command"
     usual, words = DubSettings(), []
@@ -314,7 +308,7 @@ def _mask_draw(panel):
         values = {name: panel[name].value for name in (*MASK_KNOBS, *BLEND_KNOBS)} | dict(match=panel['match'].value)
         mask, blend = {name: values[name] for name in MASK_KNOBS}, {name: value for name, value in values.items() if name not in MASK_KNOBS}
         state.result, tint = blended(state.face, mask, panel['moved'].value, **blend)
-        pictures = [closer(image, state.face.face.box) for image in (state.face.image, tint, state.result)]
+        pictures = [surroundings(image, state.face.face.box, 1.15) for image in (state.face.image, tint, state.result)]
         panel['picture'].value = jpeg(contact_sheet(pictures, ['before', 'mask: how much may change', 'after'], 290))
         options = changed_options(**values)
         panel['options'].value = f'options: <code>{options}</code>' if options else 'options: none, these are the usual values'
