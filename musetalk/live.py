@@ -21,11 +21,12 @@ from threading import Lock, Thread
 from fastcore.basics import patch
 
 from .avatar import Avatar, avatar_name, avatars_folder
+from .batcher import Batcher, CapacityError
 from .bundle import Bundle, load_bundle
 from .core import MediaError, MuseTalkError
 from .session import LiveSession, Refused, ServeLimits
 from .sound import audio_blocks
-from .stream import AvatarStream, Batcher, CapacityError
+from .stream import AvatarStream
 from .writer import VideoWriter
 
 # %% ../nbs/63_live.ipynb #4896f941
@@ -207,6 +208,7 @@ def _prepare(self:Studio, job, path, settings):
         job['state'] = 'failed'
     finally: path.unlink(missing_ok=True)
 
+# %% ../nbs/63_live.ipynb #sayfile1
 @patch
 def say_file(self:Studio,
     session:LiveSession, # Who says it
