@@ -59,7 +59,9 @@ def check_voice(
         if samples > 16000*limits.speech_seconds: raise MediaError(f'{path} is longer than {_minutes(limits.speech_seconds)}, the most that is taken here; cut it.')
     return f'{samples/16000:.1f} s of sound' if loudest >= SILENCE else f'{samples/16000:.1f} s, but silent: the mouth will have nothing to say.'
 
-def _minutes(seconds): return f'{seconds/60:.3g} minutes' if seconds >= 60 else f'{seconds:g} seconds'
+def _minutes(seconds):
+    count, unit = (seconds/60, 'minute') if seconds >= 60 else (seconds, 'second')
+    return f'{count:.3g} {unit}' + 's'*(count != 1)
 
 # %% ../nbs/71_app_intake.ipynb #68473f15
 def plain(
