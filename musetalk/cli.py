@@ -36,7 +36,7 @@ class Command:
     examples:tuple=() # Lines as typed, without the word `musetalk`
 
 COMMANDS = {} # name: Command
-ORDER = 'demo preview dub info avatar serve app models download preprocess train evaluate bench'.split() # of the overview
+ORDER = 'demo preview dub info avatar serve app models download export preprocess train evaluate bench'.split() # of the overview
 
 def option(
     *names:str, # '--video' or a bare name for a positional one

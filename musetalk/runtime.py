@@ -17,6 +17,7 @@ import time as clock
 import warnings
 from copy import deepcopy
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 
@@ -40,7 +41,8 @@ class Piece(nn.Module):
         wanted:tuple=(), # First and last position, for 'hear'
     ):
         super().__init__()
-        self.networks = nn.ModuleList(dict(paint=(bundle.painter, bundle.vae.model), encode=(bundle.vae.model,), hear=(bundle.audio_encoder.network,))[name])
+        parts = dict(paint=lambda: (bundle.painter, bundle.vae.model), encode=lambda: (bundle.vae.model,), hear=lambda: (bundle.audio_encoder.network,))
+        self.networks, self.name = nn.ModuleList(parts[name]()), name # some bundles have no ears
         owner, method = dict(paint=(bundle, 'paint'), encode=(bundle.vae, 'encode'), hear=(bundle.audio_encoder, 'states'))[name]
         self.run, self.wanted = partial(getattr(type(owner), method), owner), wanted # PyTorch's own, also when something stands for it
 
@@ -205,23 +207,18 @@ def compile_bundle(
 def _ways(bundle, name, wanted, given, folder):
     "The same piece, run by whatever is there: name to function without arguments"
     piece = Piece(bundle, name, wanted).eval()
-    arrays, path = [tensor.numpy() for tensor in given], Path(folder)/f'{name}{len(given[0])}'
+    path = Path(folder)/f'{name}{len(given[0])}'
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter('ignore')
         traced = torch.jit.freeze(torch.jit.trace(piece, given))
     trace(piece, given, path.with_suffix('.xml'))
     compiled = Compiled(path.with_suffix('.xml'), threads=1)
     ways = {'torch':lambda: piece(*given), 'torch, traced':lambda: traced(*given), 'openvino':lambda: compiled(*given)}
-    try: import onnx, onnxruntime # noqa: F401
-    except ImportError: return ways
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter('ignore')
-        torch.onnx.export(piece, given, str(path.with_suffix('.onnx')), dynamo=False, opset_version=17)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path.with_suffix('.onnx')), options, providers=['CPUExecutionProvider'])
-    inputs = dict(zip([port.name for port in session.get_inputs()], arrays))
-    return ways | {'onnxruntime':lambda: torch.from_numpy(session.run(None, inputs)[0])}
+    if not (find_spec('onnx') and find_spec('onnxruntime')): return ways
+    from musetalk.export import OnnxPiece, write_onnx # it needs this module
+    write_onnx(piece, given, path.with_suffix('.onnx'))
+    session = OnnxPiece(path.with_suffix('.onnx'))
+    return ways | {'onnxruntime':lambda: session(*given)}
 
 def bench_runtimes(
     bundle:Bundle, # On the CPU, run by PyTorch
