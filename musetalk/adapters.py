@@ -17,9 +17,10 @@ import numpy as np
 from fastcore.basics import patch
 
 from .avatar import Avatar
+from .batcher import Batcher, StreamError
 from .core import ConfigError, MediaError, MuseTalkError
 from .session import pcm
-from .stream import AvatarStream, Batcher, LiveFrame, StreamError
+from .stream import AvatarStream, LiveFrame
 from .utterance import as_samples
 
 # %% ../nbs/69_adapters.ipynb #87a8367e

@@ -238,8 +238,9 @@ def bench_stream(
 ) -> dict: # Figures, ready for JSON
     "Measure a live avatar from sound to finished frame"
     from musetalk.avatar import Avatar
+    from musetalk.batcher import Batcher, CapacityError
     from musetalk.bundle import load_bundle
-    from musetalk.stream import AvatarStream, Batcher, CapacityError
+    from musetalk.stream import AvatarStream
     model = load_bundle(bundle, device)
     with tempfile.TemporaryDirectory() as folder:
         if video is None: drifting_portrait(video := Path(folder)/'portrait.mp4', size=512)

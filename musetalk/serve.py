@@ -27,11 +27,11 @@ from fastcore.basics import patch
 
 from . import __version__
 from .avatar import Avatar, avatar_name
+from .batcher import CapacityError
 from .core import ConfigError, MuseTalkError
 from .guard import Guard, claimed, is_loopback
 from .live import Studio, Text
 from .session import Buckets, PictureEncoder, Refused, ServeLimits, pack_frame, status_of
-from .stream import CapacityError
 
 # %% ../nbs/63_serve.ipynb #5ed507a7
 logger = logging.getLogger('musetalk')

@@ -23,8 +23,9 @@ import cv2
 import numpy as np
 from fastcore.basics import patch
 
+from .batcher import CapacityError, StreamError
 from .core import BundleError, ConfigError, FaceError, MediaError, MuseTalkError
-from .stream import AvatarStream, CapacityError, LiveFrame, StreamError
+from .stream import AvatarStream, LiveFrame
 from .utterance import as_samples
 
 # %% ../nbs/63_session.ipynb #d5ce0e8f

@@ -26,6 +26,7 @@ from websockets.sync.client import connect
 
 from browser import CHROMIUM, Browser, needs_browser, wait_for
 from musetalk.avatar import Avatar
+from musetalk.batcher import Batcher
 from musetalk.bundle import load_bundle
 from musetalk.cli import main
 from musetalk.core import ConfigError, save_image
@@ -35,7 +36,6 @@ from musetalk.media import VideoSource
 from musetalk.picture import read_image
 from musetalk.serve import bind, memory_bytes, running, serve
 from musetalk.sound import write_audio
-from musetalk.stream import Batcher
 
 PATIENT = 60 # seconds; this machine may be busy
 

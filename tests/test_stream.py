@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from musetalk.avatar import Avatar, with_rest_face
+from musetalk.batcher import Batcher, CapacityError, StreamError
 from musetalk.bundle import load_bundle
 from musetalk.core import ConfigError, MediaError, MuseTalkError, save_image
 from musetalk.media import VideoSource
 from musetalk.stages import dub_settings, speaking_frames
-from musetalk.stream import AvatarStream, Batcher, CapacityError, StreamError
+from musetalk.stream import AvatarStream
 from musetalk.writer import VideoWriter
 
 LOUD = dict(check=False, quiet=None)
