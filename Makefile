@@ -9,7 +9,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-# Notebooks are tested in parts, since a process that has run some thirty of them with all their networks and threads may crash.
 # Two worker processes with one thread each beat one process with two threads on small networks.
 export OMP_NUM_THREADS ?= 1
 export PYTHONUTF8 := 1
@@ -23,7 +22,7 @@ test: $(READY)
 	$(BIN)/python .ci/check_export.py
 	$(BIN)/python .ci/check_notebooks.py
 	$(BIN)/ruff check --quiet --no-cache --config .ci/ruff.toml nbs musetalk tests .ci setup.py
-	for part in '[0-2]' '[34]' 5 6 '[7-9i]'; do $(BIN)/nbdev_test --n_workers 2 --do_print --file_re "^$$part" || exit 1; done
+	$(BIN)/nbdev_test --n_workers 2 --do_print
 	$(BIN)/python .ci/docs.py --check
 	$(BIN)/python -m pytest -q -p no:cacheprovider -n 2 tests
 
