@@ -4,11 +4,13 @@
     .venv/bin/python .ci/run_nbs.py --shrink NOTEBOOK ...   only make stored pictures smaller
 
 Cells that `nbdev_test` skips (flags of settings.ini, `eval: false`) are skipped here too, and keep the outputs they have:
-that is how a figure made on a large machine stays on the page. Warnings, progress bars and widget state are dropped,
+that is how a figure made on a large machine stays on the page. Cells marked `#| measured` are run, but keep what they
+show as long as only numbers changed, for those are times of this machine at this moment. Warnings, progress bars and widget state are dropped,
 and the notebook is cleaned, so that running twice changes nothing. A notebook that fails is left as it was.
 """
 import base64
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +45,11 @@ def lasting(output):
     return output.output_type not in ('display_data', 'execute_result') or bool(output.data)
 
 
+def words(outputs):
+    "What outputs say, but for the numbers"
+    return [re.sub(r'[\d.,]+', '0', ''.join(output.get('text', [])) + ''.join(output.get('data', {}).get('text/plain', []))) for output in outputs]
+
+
 def encoded(picture, kind, **options):
     "A picture as text for a notebook"
     picture.save(buffer := io.BytesIO(), kind, optimize=True, **options)
@@ -71,12 +78,15 @@ def refresh(
     "Run one notebook in place. Raises what the failing cell raises; the file is then unchanged"
     path = Path(path).absolute()
     skipped = skipped_cells(path, set(flags))
-    notebook = read_nb(path)
+    notebook, stored = read_nb(path), read_nb(path).cells
     shell = CaptureShell(path)
     with working_directory(path.parent):
         shell.run_all(notebook, exc_stop=True, preproc=lambda cell: cell.cell_type != 'code' or cell.idx_ in skipped)
     for cell in notebook.cells:
-        if cell.cell_type == 'code' and cell.idx_ not in skipped: cell.outputs = [smaller(output) for output in cell.outputs if lasting(output)]
+        if cell.cell_type != 'code' or cell.idx_ in skipped: continue
+        cell.outputs = [smaller(output) for output in cell.outputs if lasting(output)]
+        before = stored[cell.idx_].outputs
+        if '#| measured' in cell.source and words(before) == words(cell.outputs): cell.outputs = before
     notebook.metadata.pop('widgets', None)
     clean_nb(notebook, clean_ids=True)
     write_nb(notebook, path)
