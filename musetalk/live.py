@@ -20,12 +20,13 @@ from threading import Lock, Thread
 
 from fastcore.basics import patch
 
-from .avatar import Avatar, avatar_name, avatars_folder
+from .avatar import Avatar
 from .batcher import Batcher, CapacityError
 from .bundle import Bundle, load_bundle
 from .core import MediaError, MuseTalkError
 from .session import LiveSession, Refused, ServeLimits
 from .sound import audio_blocks
+from .store import avatar_name, avatars_folder
 from .stream import AvatarStream
 from .writer import VideoWriter
 

@@ -26,12 +26,13 @@ import cv2
 from fastcore.basics import patch
 
 from . import __version__
-from .avatar import Avatar, avatar_name
+from .avatar import Avatar
 from .batcher import CapacityError
 from .core import ConfigError, MuseTalkError
 from .guard import Guard, claimed, is_loopback
 from .live import Studio, Text
 from .session import Buckets, PictureEncoder, Refused, ServeLimits, pack_frame, status_of
+from .store import avatar_name
 
 # %% ../nbs/63_serve.ipynb #5ed507a7
 logger = logging.getLogger('musetalk')

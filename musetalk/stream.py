@@ -21,11 +21,12 @@ import cv2
 import numpy as np
 from fastcore.basics import patch
 
-from .avatar import Avatar, held, with_rest_face
+from .avatar import Avatar, with_rest_face
 from .batcher import LEAST_BATCH, Batcher, Spoken, StreamError
 from .core import ConfigError, MuseTalkError, StageTimer
 from .features import FEATURE_SAMPLES, SAMPLE_RATE
 from .stages import SpeakingFrame, prefetch
+from .store import held
 from .utterance import QUICK, Utterance, as_samples, drawn, with_hop
 from .windows import SpeechWindows
 

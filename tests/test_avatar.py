@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from musetalk.avatar import Avatar, Footage, held, loop_plan, source_index, with_rest_face
+from musetalk.avatar import Avatar, loop_plan, source_index, with_rest_face
 from musetalk.core import BundleError, ConfigError, FaceError, MediaError, MuseTalkError, save_image
 from musetalk.media import VideoSource
+from musetalk.store import Footage, held
 from musetalk.writer import VideoWriter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,7 +147,7 @@ def test_killed_preparation(home, toy, toy_folder, picture, portrait, tmp_path):
 
 def test_in_use_by_another_process(home, toy, picture):
     Avatar.prepare(picture, 'a', toy, home, progress=False)
-    code = f"import time\nfrom musetalk.avatar import held\nwith held({str(home/'a')!r}): print('held', flush=True); time.sleep(90)"
+    code = f"import time\nfrom musetalk.store import held\nwith held({str(home/'a')!r}): print('held', flush=True); time.sleep(90)"
     process = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == 'held\n'
