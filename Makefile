@@ -24,7 +24,7 @@ test: $(READY)
 	$(BIN)/ruff check --quiet --no-cache --config .ci/ruff.toml nbs musetalk tests .ci setup.py
 	$(BIN)/nbdev_test --n_workers 2 --do_print
 	$(BIN)/python .ci/docs.py --check
-	$(BIN)/python -m pytest -q -p no:cacheprovider -n 2 tests
+	$(BIN)/python -m pytest -q -p no:cacheprovider -o faulthandler_timeout=600 -n 2 tests
 
 lab: $(READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[lab]'
