@@ -443,7 +443,10 @@ def test_full_size_from_server_to_video(tmp_path, portrait, monkeypatch):
     "The same at full size, for two seconds"
     shelf = write_official(tmp_path/'shelf', {}, FULL_VAE, FULL_WHISPER, ('v1.5',))
     files, seconds = manifest(shelf), float(os.environ.get('SLOW_SECONDS', 2))
-    assert len(read_weights(shelf/'musetalkV15/unet.pth')) == 686 and len(read_weights(shelf/'sd-vae/diffusion_pytorch_model.bin')) == 248
+    for name, tensors, numbers in (('musetalkV15/unet.pth', 686, 849_947_844), ('sd-vae/diffusion_pytorch_model.bin', 248, 83_653_863)):
+        weights = read_weights(shelf/name)
+        assert (len(weights), sum(tensor.numel() for tensor in weights.values())) == (tensors, numbers)
+        del weights
     hub = Hub(shelf, files)
     hub.cut = 1_500_000_000
     try: states = download('v1.5', folder=tmp_path/'models', mirror=hub.address, files=files, shown=False)
@@ -452,8 +455,6 @@ def test_full_size_from_server_to_video(tmp_path, portrait, monkeypatch):
     shutil.rmtree(shelf)
     monkeypatch.setenv('MUSETALK_MODELS', str(tmp_path/'models'))
     bundle = load_official('v1.5', 'cpu', os.environ.get('SLOW_DTYPE', 'fp32'))
-    assert sum(parameter.numel() for parameter in bundle.painter.parameters()) == 849_947_844
-    assert sum(parameter.numel() for parameter in bundle.vae.model.parameters()) == 83_653_863
     video, frames, out = os.environ.get('SLOW_VIDEO'), int(25*seconds), Path(os.environ.get('SLOW_OUT', tmp_path))
     if not video: save_image(video := tmp_path/'she.png', portrait)
     write_audio(tmp_path/'words.wav', np.float32(.2*np.sin(np.arange(int(16000*seconds))/20)))
