@@ -73,6 +73,7 @@ def end(self:AsyncAvatar) -> bool: # False: there was nothing to end
     self._call(self.stream.end)
     return True
 
+# %% ../nbs/69_adapters.ipynb #e5211cb0
 @patch
 def interrupt(self:AsyncAvatar) -> dict: # As from `AvatarStream.interrupt`
     "Be silent from the next frame on"
@@ -115,6 +116,7 @@ async def frames(self:AsyncAvatar): # Asynchronous iterator of `LiveFrame`
         self.speaking, shown = frame.speaking, shown + 1
         yield frame
 
+# %% ../nbs/69_adapters.ipynb #51ff0738
 @patch
 def over(self:AsyncAvatar,
     frame:LiveFrame, # From `frames`
@@ -144,6 +146,7 @@ def interleaved(
 def _wanted(framework, package, error):
     return ConfigError(f'The adapter for {framework} needs {package}, which cannot be imported ({error}): pip install {package}')
 
+# %% ../nbs/69_adapters.ipynb #26c22c14
 @cache
 def _livekit_generator():
     "The class, made when LiveKit is needed"

@@ -26,9 +26,9 @@ from .bench import demo_speech, drifting_portrait, machine_kind
 from .bundle import Bundle, load_bundle
 from .core import ConfigError
 from .live import Studio
-from .session import ServeLimits
 from .metrics import track_images, track_video
 from .serve import need_server, running
+from .session import ServeLimits
 from .sound import load_audio, write_audio
 from .stream import AvatarStream
 
@@ -93,6 +93,7 @@ def run(self:Chromium, code): # the value
 @patch
 def wait(self:Chromium, code, what): return wait_for(lambda: self.run(f'!!({code})'), what)
 
+# %% ../nbs/68_browser.ipynb #0fd401b3
 @patch
 def close(self:Chromium):
     "End the browser"
@@ -238,6 +239,7 @@ def interrupted(
     return round(browser.run("""(async () => { const before = call.interrupted, start = performance.now(); document.getElementById('interrupt').click()
       while (call.interrupted === before) await new Promise(done => setTimeout(done, 1)); return performance.now() - start })()"""), 1)
 
+# %% ../nbs/68_browser.ipynb #24dd45d1
 def bench_browser(
     bundle:str|Bundle='mini', # Name, folder, or loaded
     seconds:float=20., # Speech of each of the two runs, pauses included

@@ -72,7 +72,9 @@ def windows(self,
            ): # [count,W,L,D]
     "The stretch of speech that each frame sees, by this bundle's window"
     return frame_windows(features, fps, count, self.left, self.right)
+Bundle.audio_tokens, Bundle.windows = audio_tokens, windows
 
+# %% ../nbs/32_bundle.ipynb #d7d0d64e
 def stream(self,
            blocks=None, # pieces of the sound to draw from, 16 kHz; None: it is fed
            fps=25, # frame rate
@@ -93,7 +95,7 @@ def hear(self,
         places = speaking_points(mouths, displacements)
         geometry = speaking_geometry(*places, np.stack([mouth.corner for mouth in mouths]))
         return self.adapter.tokens(coefficients), geometry.to(self.device, self.dtype), places
-Bundle.audio_tokens, Bundle.windows, Bundle.stream, Bundle.hear = audio_tokens, windows, stream, hear
+Bundle.stream, Bundle.hear = stream, hear
 
 # %% ../nbs/32_bundle.ipynb #04a606bf
 AROUND = 3 # latent cells around the window that are encoded with it
@@ -113,6 +115,7 @@ def encode_crops(self,
     images = send(np.stack([crop[8*row:8*(row + height), 8*column:8*(column + width)] for crop, (row, column) in zip(crops, outer)]))
     return torch.stack(cut_window(self.vae.encode(images), corners - outer))
 
+# %% ../nbs/32_bundle.ipynb #436e60a3
 def paint(self,
           latents:torch.Tensor, # from `encode_crops`
           audio_tokens:torch.Tensor, # [B,S,D]

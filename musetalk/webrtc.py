@@ -99,25 +99,29 @@ class Peer:
         studio.peers[session.id] = self
         self._start(self._watch())
 
-    def _start(self, work):
-        task = asyncio.ensure_future(work)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+# %% ../nbs/68_webrtc.ipynb #d6aa0dc0
+@patch
+def _start(self:Peer, work):
+    task = asyncio.ensure_future(work)
+    self.tasks.add(task)
+    task.add_done_callback(self.tasks.discard)
 
-    def listen(self, kind, value):
-        "What the session tells"
-        if self.closed: return
-        if kind == 'frame':
-            picture, blocks = self.call_clock(value)
-            now = asyncio.get_running_loop().time()
-            self.picture.put(now, picture)
-            for number, block in enumerate(blocks): self.sound.put(now + number*BLOCK/48000, block)
-        elif kind == 'event': self.tell(value)
-        else: self._start(self.close(value))
+@patch
+def listen(self:Peer, kind, value):
+    "What the session tells"
+    if self.closed: return
+    if kind == 'frame':
+        picture, blocks = self.call_clock(value)
+        now = asyncio.get_running_loop().time()
+        self.picture.put(now, picture)
+        for number, block in enumerate(blocks): self.sound.put(now + number*BLOCK/48000, block)
+    elif kind == 'event': self.tell(value)
+    else: self._start(self.close(value))
 
-    def tell(self, event):
-        "Send a message to the page, if it can hear"
-        if self.channel is not None and self.channel.readyState == 'open': self.channel.send(json.dumps(event))
+@patch
+def tell(self:Peer, event):
+    "Send a message to the page, if it can hear"
+    if self.channel is not None and self.channel.readyState == 'open': self.channel.send(json.dumps(event))
 
 # %% ../nbs/68_webrtc.ipynb #bb5c1fcb
 @patch
@@ -144,6 +148,7 @@ def obey(self:Peer, command):
         session.microphone = bool(command.get('on'))
     else: raise Refused(f'Unknown command {str(kind)[:40]!r}.')
 
+# %% ../nbs/68_webrtc.ipynb #81beccd5
 @patch
 def _on_track(self:Peer, track):
     if track.kind == 'audio': self._start(self._microphone(track))
@@ -179,6 +184,7 @@ async def _watch(self:Peer):
         if now - self.session.last_word > 60*limits.idle_minutes: return await self.close('nobody has said anything for a long time')
         self.tell(self.session.figures() | dict(type='figures', missed=self.missed, dropped=self.picture.dropped))
 
+# %% ../nbs/68_webrtc.ipynb #a5b9c4e1
 @patch
 async def close(self:Peer,
     reason:str='', # For the page

@@ -495,7 +495,7 @@ def test_memory_returns(toy, home, words):
                 made.update(studio.sessions.values())
                 if number % 4 == 0: line.send(words)
             del line
-            wait_for(lambda: not studio.sessions, pause=.01)
+            wait_for(lambda: not studio.sessions and not studio.avatars, pause=.01)
             if number in (4, 19): gc.collect(); resident.append(memory_bytes()/1e6)
         assert studio.counts['sessions'] == 20 and not studio.avatars and not studio.batcher.sessions
     wait_for(lambda: not [thread for thread in set(threading.enumerate()) - before if thread.name.startswith('musetalk') and 'serve' not in thread.name])
