@@ -163,6 +163,7 @@ def resident_megabytes() -> float: # Of this process, now
     if not status.exists(): return 0.
     return int(next(line for line in status.read_text().splitlines() if line.startswith('VmRSS')).split()[1])/1000*1.024
 
+# %% ../nbs/66_bench.ipynb #c6415adb
 def _said_by(stream, samples, rate=16000, piece=320, speed=1.): # a thread that pushes sound `speed` times as fast as it is spoken
     def speak():
         start = time.perf_counter()
@@ -176,6 +177,7 @@ def _said_by(stream, samples, rate=16000, piece=320, speed=1.): # a thread that 
     thread.start()
     return thread
 
+# %% ../nbs/66_bench.ipynb #a07d8a70
 def _sustained(avatar, samples):
     "All frames of a speech, as fast as they come"
     from musetalk.stream import AvatarStream
@@ -226,6 +228,22 @@ def _first_frame(avatar, samples, piece, speed, quick=False, times=5):
     return round(float(np.median(waits)))
 
 # %% ../nbs/66_bench.ipynb #6d8fcfd9
+def _held(model, avatar, samples, counts, seconds):
+    "How many of so many streams at once are admitted, and how they fare"
+    from musetalk.batcher import Batcher, CapacityError
+    from musetalk.stream import AvatarStream
+    held = {}
+    for count in counts:
+        with Batcher(model) as batcher:
+            streams = []
+            for _ in range(count):
+                try: streams.append(AvatarStream(avatar, batcher))
+                except CapacityError as error: held[f'{count} refusal'] = str(error); break
+            held[str(count)] = dict(asked=count, admitted=len(streams), streams=_paced(streams, samples, seconds) if streams else [])
+            for stream in streams: stream.close()
+    return held
+
+# %% ../nbs/66_bench.ipynb #ad3accac
 def bench_stream(
     video:str|Path|None=None, # Footage; None: a drifting portrait, 512 wide
     audio:str|Path|None=None, # Speech, repeated or cut to length
@@ -238,7 +256,6 @@ def bench_stream(
 ) -> dict: # Figures, ready for JSON
     "Measure a live avatar from sound to finished frame"
     from musetalk.avatar import Avatar
-    from musetalk.batcher import Batcher, CapacityError
     from musetalk.bundle import load_bundle
     from musetalk.stream import AvatarStream
     model = load_bundle(bundle, device)
@@ -247,18 +264,10 @@ def bench_stream(
         samples = np.concatenate(list(audio_blocks(audio or demo_speech())))
         samples = np.resize(samples[np.abs(samples).argmax()//2:], int(max(seconds, paced)*16000))
         avatar = Avatar.prepare(video, 'bench', model, folder, progress=False, **settings)
-        held = {}
         sustained = _sustained(avatar, samples[:int(seconds*16000)])
         with AvatarStream(avatar, check=False) as stream: single = _paced([stream], samples, paced)[0]
         first = dict(microphone_ms=_first_frame(avatar, samples, 320, 1.), microphone_quick_ms=_first_frame(avatar, samples, 320, 1., True), voice_ms=_first_frame(avatar, samples, 4000, 4.), look_ahead_ms=round(1000*stream.latency))
-        for count in sessions:
-            with Batcher(model) as batcher:
-                streams = []
-                for _ in range(count):
-                    try: streams.append(AvatarStream(avatar, batcher))
-                    except CapacityError as error: held[f'{count} refusal'] = str(error); break
-                held[str(count)] = dict(asked=count, admitted=len(streams), streams=_paced(streams, samples, paced/2) if streams else [])
-                for stream in streams: stream.close()
+        held = _held(model, avatar, samples, sessions, paced/2)
         facts = dict(width=avatar.width, height=avatar.height, fps=str(avatar.fps), frames=avatar.frame_count, preparation=avatar.info['cost'])
         avatar.close()
     return dict(measured='live stream, sound to finished frame, model loaded before', machine=machine_kind(), date=date.today().isoformat(), threads=_threads(), bundle=str(bundle), runtime=model.runtime,
@@ -361,6 +370,7 @@ def bench_model(
     seed_everything(0)
     with torch.inference_mode(): return _bench_cuda(size, device, times) if device.type == 'cuda' else _bench_cpu(size, batch, times)
 
+# %% ../nbs/66_bench.ipynb #55ba4e3d
 def _bench_cpu(size, batch, times):
     import torch
     from copy import deepcopy

@@ -86,6 +86,7 @@ def run_preprocess(args):
     if args.json: print(as_json(counts))
     else: print(f"{out}: {counts['clips']} clips of {counts['people']} people, {counts['minutes']:.1f} minutes, {counts['with_sound']} with usable sound; {counts['rejected']} refusals, see rejected.json")
 
+# %% ../nbs/74_cli_models.ipynb #e28090ee
 @command('train', 'train a part of a model, or go on with it', option('what', choices=('vae', 'audio', 'syncnet', 'stage1', 'stage2'), help='which training'),
          option('--config', required=True, metavar='FILE', help='YAML file, such as configs/mini/stage1.yaml'),
          option('--data', required=True, metavar='DIR', help='folder that `musetalk preprocess` wrote'),
@@ -96,6 +97,7 @@ def run_train(args):
     scores = train(args.what, args.config, args.data, args.out, show_bar(args))
     print(as_json(scores) if args.json else ', '.join(f'{name} {value:.4g}' for name, value in scores.items()))
 
+# %% ../nbs/74_cli_models.ipynb #b5a2685c
 @command('evaluate', 'measure how well a model dubs people it has not met', option('--source', required=True, metavar='PATH', help='folder of talking videos, or a JSON manifest'),
          option('--keep', metavar='DIR', help='keep dubs and tracks there for the next time'), option('--syncnet', metavar='PATH', help='a trained SyncNet: adds sync confidence and distance'),
          option('--save', metavar='FILE', help='JSON report; a table (.md) and a plot (.png) come beside it'), MODEL, JSON,
@@ -123,6 +125,7 @@ def run_bench(args):
     if args.save: write_json(args.save, dict(command=command_line(args.words, '--save')) | figures)
     print(as_json(figures) if args.json else '\n'.join(f"{name.replace('_', ' ')}: {value}" for name, value in figures.items()))
 
+# %% ../nbs/74_cli_models.ipynb #3d5e3210
 def _measured(args):
     if args.what == 'runtime': return _bench_runtime(args)
     if args.what == 'browser':
@@ -145,6 +148,7 @@ def _bench_runtime(args):
     return dict(measured="milliseconds of one thread's processor time for each picture, runtimes in turn in one process", machine=machine_kind(), date=date.today().isoformat(),
                 bundle=args.bundle, milliseconds=figures, versions={name:version(name) for name in ('torch', 'openvino')})
 
+# %% ../nbs/74_cli_models.ipynb #49b7575e
 def command_line(
     words:list, # After the word `musetalk`
     without:str, # An option to leave out, with its value
