@@ -333,7 +333,6 @@ def _shared(work, count):
     work(*edges[:2])
     for task in waiting: task.result()
 
-# %% ../nbs/36_winograd.ipynb #feebceca
 def padded(
     images:torch.Tensor, # [B,C,H,W] float32
     grow:int=1, # Each pixel becomes so many in either direction
@@ -345,6 +344,23 @@ def padded(
     inside.copy_(images.permute(0, 2, 3, 1)[:, :, None, :, None].expand_as(inside))
     return space
 
+# %% ../nbs/36_winograd.ipynb #33762869
+def _sums(source, repeated):
+    "Sums of values and squares [B,2,C] over pictures [B,H,W,C], of which one row counts several times more"
+    (count, height, width, channels), kernels = source.shape, _kernels()
+    sums, lock = np.zeros((count, 2, channels)), threading.Lock()
+    def measure(first, last):
+        part = np.zeros_like(sums)
+        kernels['moments'](source.data_ptr(), part.ctypes.data, first, last, height, width, channels)
+        with lock: np.add(sums, part, sums)
+    _shared(measure, count*height)
+    row, more = repeated
+    if not more: return sums
+    again = np.zeros_like(sums)
+    for line in range(row, count*height, height): kernels['moments'](source.data_ptr(), again.ctypes.data, line, line + 1, height, width, channels)
+    return sums + more*again
+
+# %% ../nbs/36_winograd.ipynb #feebceca
 def normalized(
     images:torch.Tensor, # [B,C,H,W] float32
     norm:nn.GroupNorm, # Its groups, weight, bias
@@ -355,18 +371,8 @@ def normalized(
     "Group normalization, sums in double precision"
     (count, channels, height, width), kernels = images.shape, _kernels()
     source = images.permute(0, 2, 3, 1).contiguous()
-    sums, lock = np.zeros((count, 2, channels)), threading.Lock()
-    def measure(first, last):
-        part = np.zeros_like(sums)
-        kernels['moments'](source.data_ptr(), part.ctypes.data, first, last, height, width, channels)
-        with lock: np.add(sums, part, sums)
-    _shared(measure, count*height)
-    row, more = repeated
-    if more:
-        again = np.zeros_like(sums)
-        for line in range(row, count*height, height): kernels['moments'](source.data_ptr(), again.ctypes.data, line, line + 1, height, width, channels)
-        sums += more*again
-    mean, square = (torch.from_numpy(sums).view(count, 2, norm.num_groups, -1).mean(3)/((height + more)*width)).unbind(1)
+    sums = torch.from_numpy(_sums(source, repeated)).view(count, 2, norm.num_groups, -1)
+    mean, square = (sums.mean(3)/((height + repeated[1])*width)).unbind(1)
     factor = (square - mean**2 + norm.eps).rsqrt()
     spread = lambda numbers: numbers.repeat_interleave(channels//norm.num_groups, 1)
     scale = spread(factor)*norm.weight.double()
