@@ -50,6 +50,7 @@ class Piece(nn.Module):
         made = self.run(*given, *self.wanted)
         return torch.stack([state for _, state in sorted(made.items())]) if self.wanted else made
 
+# %% ../nbs/37_runtime.ipynb #48570aca
 def example_inputs(
     bundle:Bundle, # Tells the sizes
     name:str, # Of the piece
@@ -145,6 +146,7 @@ def graph_folder(
     for path in sorted(traced): digest.update(path.read_bytes())
     return Path(folder or cache_folder())/f"{digest.hexdigest()[:16]}-{_openvino().__version__.split('-')[0]}-{str(bundle.dtype).removeprefix('torch.')}"
 
+# %% ../nbs/37_runtime.ipynb #c43dd252
 def graph(
     bundle:Bundle, # Whose networks are still PyTorch's
     name:str, # 'paint', 'encode' or 'hear'
@@ -189,6 +191,7 @@ def _or_else(compiled, original):
     "The graph where the sizes fit it, else what it stands for"
     return lambda images: compiled(images) if compiled.fits(images) else original(images)
 
+# %% ../nbs/37_runtime.ipynb #315e4da0
 def compile_bundle(
     bundle:Bundle, # On the CPU; changed in place
     threads:int|None=None, # Of the processor; None: half of them, since another lane runs beside
@@ -226,6 +229,18 @@ def _ways(bundle, name, wanted, given, folder):
     session = OnnxPiece(path.with_suffix('.onnx'))
     return ways | {'onnxruntime':lambda: session(*given)}
 
+# %% ../nbs/37_runtime.ipynb #b4102e90
+def _in_turn(ways, times):
+    "Median processor seconds of each function, called in turn"
+    taken = {way:[] for way in ways}
+    for _ in range(times + 1):
+        for way, function in ways.items():
+            start = clock.process_time()
+            function()
+            taken[way].append(clock.process_time() - start)
+    return {way:float(np.median(seconds[1:])) for way, seconds in taken.items()}
+
+# %% ../nbs/37_runtime.ipynb #7d76e846
 def bench_runtimes(
     bundle:Bundle, # On the CPU, run by PyTorch
     counts:tuple=(1, 4, 8), # Pictures in a batch
@@ -241,13 +256,3 @@ def bench_runtimes(
                 figures[name if name == 'hear' else f'{name}, batch {count}'] = {way:round(1000*seconds/count, 2) for way, seconds in _in_turn(ways, times).items()}
     finally: torch.set_num_threads(threads)
     return figures
-
-def _in_turn(ways, times):
-    "Median processor seconds of each function, called in turn"
-    taken = {way:[] for way in ways}
-    for _ in range(times + 1):
-        for way, function in ways.items():
-            start = clock.process_time()
-            function()
-            taken[way].append(clock.process_time() - start)
-    return {way:float(np.median(seconds[1:])) for way, seconds in taken.items()}
