@@ -198,6 +198,7 @@ def _pump(self:LiveSession):
             clock.sleep(.05*failures)
     self._post('closed', 'the stream ended' if failures < 5 else 'the stream cannot go on')
 
+# %% ../nbs/63_session.ipynb #827f1d50
 @patch
 def _note(self:LiveSession, frame):
     now = clock.monotonic()
@@ -256,6 +257,7 @@ def say(self:LiveSession,
     self.microphone = False
     self.jobs.put((self.generation, pieces, sample_rate, done))
 
+# %% ../nbs/63_session.ipynb #c857e091
 @patch
 def _feed(self:LiveSession):
     "Say one thing after another, as there is room"
