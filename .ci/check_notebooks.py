@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOK_LIMIT, TOTAL_LIMIT = 600_000, 8_000_000
+NOTEBOOK_LIMIT, TOTAL_LIMIT, CELL_LIMIT = 600_000, 8_000_000, 45
 EXPORT = re.compile(r'^#\|\s*(export|exports|exporti)\b', re.M)
 NOT_RUN = re.compile(r'^#\|\s*eval:\s*false', re.M)
 MACHINE_PATH = re.compile(r'(?<![\w.:/])/(?:home|Users|root|tmp|work|mnt|opt|private|var/folders|usr/lib)/\w|\b[A-Z]:\\+Users\b')
@@ -72,6 +72,7 @@ def notebook_faults(path):
     if size > NOTEBOOK_LIMIT: yield 0, f'{size/1000:.0f} KB, more than {NOTEBOOK_LIMIT/1000:.0f}; make its pictures smaller'
     notebook = json.loads(path.read_text(encoding='utf-8'))
     cells = notebook['cells']
+    if len(cells) > CELL_LIMIT: yield 0, f'{len(cells)} cells, more than {CELL_LIMIT}; split it at a seam'
     title = ''.join(cells[0]['source']) if cells else ''
     if not re.match(r'# \S.*\n+> \S', title): yield 1, 'must begin with a cell "# Title" and "> one sentence"'
     for number, cell in enumerate(cells, 1):
