@@ -14,7 +14,7 @@ from pathlib import Path
 from musetalk.bench import machine_kind
 
 ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = '[run]\nsource = musetalk\nparallel = True\npatch = subprocess\nconcurrency = thread\ndata_file = {folder}/data\n[report]\nexclude_also =\n    if TYPE_CHECKING\n    if __name__ == .__main__.:\n'
+SETTINGS = '[run]\nsource = musetalk\nparallel = True\npatch = subprocess, _exit\nconcurrency = thread\ndata_file = {folder}/data\n[report]\nexclude_also =\n    if TYPE_CHECKING\n    if __name__ == .__main__.:\n'
 
 
 def measured(folder):
