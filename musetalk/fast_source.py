@@ -78,7 +78,7 @@ class RepeatingEncoder(nn.Module):
         for block in network.down_blocks:
             blocks = block.resnets
             rows.keep(2*len(blocks) if all(isinstance(each, FoldedResnet) and each.m for each in blocks) else None)
-            for number, each in enumerate(blocks): rows.apply(each, 2, True)
+            for each in blocks: rows.apply(each, 2, True)
             for layer in block.downsamplers or (): rows.halve(layer)
         deep = network.mid_block(rows.keep(None).images)
         return network.conv_out(network.conv_act(network.conv_norm_out(deep)))
