@@ -1,7 +1,7 @@
 """How much of the package the tests inside the notebooks run, by file.
 
     .venv/bin/python .ci/measure_coverage.py                    prints the table and writes benchmarks/coverage.json
-    .venv/bin/python .ci/measure_coverage.py --again NAME ...   runs these notebooks only and keeps what the others found
+    .venv/bin/python .ci/measure_coverage.py --again NAME ...   runs these notebooks only, and those never run; keeps what the others found
 
 Only `tests/test_notebooks.py` counts: it runs what each notebook shows against the exported module. Each notebook has a
 process of its own, since in one that lives long the tracer falls silent after some forty of them. What each found is kept
@@ -43,7 +43,7 @@ def run(name):
 def main():
     os.environ.setdefault('OMP_NUM_THREADS', '1')
     known = [path.stem for path in sorted((ROOT/'nbs').glob('[!_.]*.ipynb')) if '#| default_exp' in path.read_text(encoding='utf-8')]
-    names = sys.argv[2:] if sys.argv[1:2] == ['--again'] else known
+    names = [name for name in known if name in sys.argv[2:] or not (KEPT/name).exists()] if sys.argv[1:2] == ['--again'] else known
     with ThreadPoolExecutor(2) as pool: failed = [name for name in pool.map(run, names) if name]
     if failed: sys.exit('Nothing was written. Run them again with --again ' + ' '.join(failed))
     whole = KEPT/'all'
