@@ -343,13 +343,13 @@ def _sharing_copy(bundle): # with the same weights, not with more memory
     painter, autoencoder = (copy.deepcopy(network, dict(known)) for network in (bundle.painter, bundle.vae.model))
     return Bundle(type(bundle.vae)(autoencoder), painter, None, None, bundle.config)
 
-def _small_decoder_of(bundle): # random weights, in a file as TAESD's
+def _small_autoencoder_of(bundle): # random weights, in a file as TAESD's
     from diffusers import AutoencoderTiny
     from safetensors.torch import save_file
-    from musetalk.fast import small_decoder
+    from musetalk.small import make_small
     with tempfile.TemporaryDirectory() as folder:
         save_file(AutoencoderTiny().state_dict(), Path(folder)/'tiny.safetensors')
-        return small_decoder(bundle, Path(folder)/'tiny.safetensors').vae
+        return make_small(bundle, 'encoder', 'decoder', file=Path(folder)/'tiny.safetensors').vae
 
 def _png_round(image): # as a frame passes through a file
     with tempfile.TemporaryDirectory() as folder:
@@ -386,16 +386,16 @@ def _bench_cpu(size, batch, times):
     flops = dict(unet=model_flops(lambda: results.update(unet=bundle.painter(latents, tokens)))/batch)
     paints = _taken(lambda: bundle.painter(latents, tokens), times)/batch
     quick = quick_bundle(bundle, True) # in place: two copies of the UNet would take 10 GB
-    small, vae = _small_decoder_of(quick), quick.vae
-    vae = getattr(vae, 'big', vae)
+    small = _small_autoencoder_of(quick)
+    vae = small.big
     results['unet'] = results['unet'], bundle.painter(latents, tokens)
     found['unet'] = paints, _taken(lambda: bundle.painter(latents, tokens), times)/batch
     flops |= dict(encode=2*model_flops(lambda: plain.encode(pair[:1])), decoder=model_flops(lambda: results.update(decoder=plain.decode(latents[:1, :4]))))
     results['decoder'] = results['decoder'], vae.decode(latents[:1, :4])
-    vae.encode(pair), small.decode(latents[:1, :4])
-    taken = [[_taken(work) for work in (lambda: [plain.encode(picture) for picture in pair.split(1)], lambda: vae.encode(pair), lambda: plain.decode(latents[:1, :4]), lambda: vae.decode(latents[:1, :4]), lambda: small.decode(latents[:1, :4]))] for _ in range(times)]
-    encode, mine, decode, our, tiny = (min(stage) for stage in zip(*taken))
-    found |= {'encode': (encode, mine), 'decoder': (decode, our), 'small decoder': (decode, tiny)}
+    vae.encode(pair), small.encode(pair), small.decode(latents[:1, :4])
+    taken = [[_taken(work) for work in (lambda: [plain.encode(picture) for picture in pair.split(1)], lambda: vae.encode(pair), lambda: plain.decode(latents[:1, :4]), lambda: vae.decode(latents[:1, :4]), lambda: small.encode(pair), lambda: small.decode(latents[:1, :4]))] for _ in range(times)]
+    encode, mine, decode, our, *tiny = (min(stage) for stage in zip(*taken))
+    found |= {'encode': (encode, mine), 'decoder': (decode, our), 'small encode': (encode, tiny[0]), 'small decoder': (decode, tiny[1])}
     fast_parser = quick_parser(deepcopy(parser))
     results['parse'] = parser(face), fast_parser(face)
     parses = [[_taken(lambda: network(face)) for network in (parser, fast_parser)] for _ in range(times)]
@@ -409,10 +409,10 @@ def _model_figures(name, flops, found, results, files, settings):
     stages = {name: faster(*pair) for name, pair in found.items()} | {
         'unet and decoder': faster(*added('unet', 'decoder')), 'unet and small decoder': faster(*added('unet', 'small decoder'))}
     job, parse = {}, found['parse'][0] # the reference parses every frame anew
-    for decoder, name in (('decoder', ''), ('small decoder', ', small decoder')):
-        new, again = (added(*more, 'unet', decoder) for more in (('encode', 'parse'), ()))
+    for encoder, decoder, name in (('encode', 'decoder', ''), ('encode', 'small decoder', ', small decoder'), ('small encode', 'small decoder', ', small encoder and decoder')):
+        new, again = (added(*more, 'unet', decoder) for more in ((encoder, 'parse'), ()))
         job[f'each frame new{name}'] = faster(new[0] + files, new[1])
-        job[f'footage repeated{name}'] = faster(again[0] + parse + files/2, again[1])
+        if encoder == 'encode': job[f'footage repeated{name}'] = faster(again[0] + parse + files/2, again[1]) # nothing is encoded
     rate = matrix_rate()
     errors = {name: float((mine - theirs).norm()/theirs.norm()) for name, (theirs, mine) in results.items()}
     return dict(measured='milliseconds of processor time for a frame, all threads together', machine=machine_kind(), date=date.today().isoformat(), threads=_threads(), model=name, **settings,

@@ -152,7 +152,7 @@ def _run(self:Broadcast):
 def _send(self:Broadcast):
     "Send frames as long as that goes well"
     file = None
-    while not self.frames.empty(): self.frames.get() # those of a pause are old
+    while self.tries and not self.frames.empty(): self.frames.get() # those of a pause are old
     try:
         while not self.closed:
             try: frame = self.frames.get(timeout=.5)

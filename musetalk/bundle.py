@@ -43,7 +43,7 @@ class Bundle:
         self.crop_rule, self.image_size = CropRule(**self.config['crop']), self.config['image_size']
         audio = dict(left=2, right=2, positional_encoding=False) | self.config['audio']
         self.left, self.right, self.positional_encoding = audio['left'], audio['right'], audio['positional_encoding']
-        self.device, self.dtype, self.runtime, self.decoder = self.painter.device, self.painter.dtype, 'torch', 'own'
+        self.device, self.dtype, self.runtime, self.encoder, self.decoder = self.painter.device, self.painter.dtype, 'torch', 'own', 'own'
 
     @property
     def token_shape(self)->tuple: # (S, D)
@@ -199,27 +199,28 @@ def _runtime(name, bundle):
     if name: return name
     return bundle.config.get('runtime', 'torch') if bundle.device.type == 'cpu' and find_spec('openvino') else 'torch'
 
-def _decoder(name):
-    "Whose decoder: what is asked for, or the bundle's own"
-    name = name or os.environ.get('MUSETALK_DECODER') or 'own'
-    if name not in ('own', 'small'): raise ConfigError(f"Unknown decoder '{name}'; use own or small.")
-    return name
+def _small(**parts):
+    "Which of encoder and decoder shall be small: what is asked for, or the bundle's own"
+    parts = {part: name or os.environ.get(f'MUSETALK_{part.upper()}') or 'own' for part, name in parts.items()}
+    for part, name in parts.items():
+        if name not in ('own', 'small'): raise ConfigError(f"Unknown {part} '{name}'; use own or small.")
+    return [part for part, name in parts.items() if name == 'small']
 
 # %% ../nbs/32_bundle.ipynb #bca3b9ba
 def load_bundle(name='mini', # a bundle's name, or a folder
                 device:str=None, # 'cuda', 'mps', 'cpu'; None chooses
                 dtype:str=None, # 'float32', 'bfloat16', 'float16'; None chooses
                 runtime:str=None, # 'torch', 'openvino'; None: MUSETALK_RUNTIME, or the best that is installed
-                decoder:str=None # 'own', or 'small' for official weights; None: MUSETALK_DECODER, or its own
+                decoder:str=None, # 'own', or 'small' for official weights; None: MUSETALK_DECODER, or its own
+                encoder:str=None # the same of the encoder; None: MUSETALK_ENCODER, or its own
                )->Bundle:
     "Find, check and load a bundle, or official weights. Raises `BundleError` when it is unknown, incomplete or damaged."
-    from musetalk.fast import find_small_decoder, small_decoder # these need this module
-    from musetalk.official import is_official, load_official
-    small = _decoder(decoder) == 'small'
+    from musetalk.official import is_official, load_official # these need this module
+    from musetalk.small import find_small, make_small
+    small = _small(encoder=encoder, decoder=decoder)
     if is_official(name):
-        if small: find_small_decoder() # before gigabytes are read
-        bundle = load_official(name, device, dtype)
-        return small_decoder(bundle) if small else bundle
+        for part in small: find_small(part) # before gigabytes are read
+        return make_small(load_official(name, device, dtype), *small)
     folder = find_bundle(name)
     config = check_bundle(folder)
     device = choose_device(device); dtype = choose_dtype(device, dtype)
@@ -231,7 +232,7 @@ def load_bundle(name='mini', # a bundle's name, or a folder
     for model in (vae.model, painter): model.to(memory_format=torch.channels_last)
     audio_encoder = WhisperEncoder.from_folder(folder/'audio_encoder', device, dtype)
     bundle = Bundle(vae, painter, audio_encoder, adapter, config, folder)
-    if small: small_decoder(bundle) # not compiled: the graph in the cache is that of its own decoder
+    if small: make_small(bundle, *small) # not compiled: the graphs in the cache are those of its own
     elif _runtime(runtime, bundle) == 'openvino':
         from musetalk.runtime import compile_bundle # it needs this module
         compile_bundle(bundle)

@@ -10,7 +10,7 @@ import shlex
 from dataclasses import asdict
 from pathlib import Path
 
-from .cli import AUDIO, BUNDLE, FACE_BACKEND, FLOW, JSON, LOOK, MAKING, MODEL, SMALL_DECODER, VIDEO, _environment, as_json, command, given_settings, option, show_bar, size_text
+from .cli import AUDIO, BUNDLE, FACE_BACKEND, FLOW, JSON, LOOK, MAKING, MODEL, SMALL_DECODER, SMALL_ENCODER, VIDEO, _environment, as_json, command, given_settings, option, show_bar, size_text
 from .core import ConfigError
 
 # %% ../nbs/74_cli_models.ipynb #b9564cb8
@@ -45,7 +45,7 @@ def run_models(args):
     return 1 if any(model.state == 'damaged' for model in models) else 0
 
 # %% ../nbs/74_cli_models.ipynb #5de31dee
-@command('export', 'write the networks as ONNX files for other programs, checked against PyTorch', BUNDLE, SMALL_DECODER,
+@command('export', 'write the networks as ONNX files for other programs, checked against PyTorch', BUNDLE, SMALL_DECODER, SMALL_ENCODER,
          option('--output', '--out', dest='out', metavar='DIR', help='folder to write'),
          option('--providers', nargs='+', default=['cpu'], metavar='NAME', help='providers of ONNX Runtime that have to agree, such as cuda or tensorrt (default: cpu)'),
          option('--frames', type=int, default=4, metavar='N', help='frames of the portrait to check with (default: 4)'), JSON,

@@ -72,7 +72,7 @@ def package_versions() -> dict: # Name to version
 # %% ../nbs/60_dub.ipynb #496759d0
 def _bundle_facts(bundle):
     "What identifies a model"
-    facts = dict(name=bundle.config['name'], device=str(bundle.device), dtype=str(bundle.dtype).removeprefix('torch.'), runtime=bundle.runtime, decoder=bundle.decoder)
+    facts = dict(name=bundle.config['name'], device=str(bundle.device), dtype=str(bundle.dtype).removeprefix('torch.'), runtime=bundle.runtime, encoder=bundle.encoder, decoder=bundle.decoder)
     if bundle.folder: return facts | dict(sha256=sha256_file(Path(bundle.folder)/'bundle.json'))
     return facts | {name: bundle.config[name] for name in ('files',) if name in bundle.config}
 

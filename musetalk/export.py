@@ -160,6 +160,8 @@ def _exportable(bundle):
     if any(isinstance(layer, (PackedLinear, WinogradConv2d)) for network in networks if network is not None for layer in network.modules()):
         raise ConfigError(f'{bundle} has layers made for this processor, which no graph can hold: load it with MUSETALK_QUICK=0.')
 
+def _identity(bundle): return dict(bundle=bundle.config['name'], encoder=bundle.encoder, decoder=bundle.decoder, weights=_weights_of(bundle))
+
 def _weights_of(bundle):
     "One hash of all weights, or None for a bundle that was never saved"
     files = {name:facts['sha256'] for name, facts in (bundle.config.get('files') or {}).items()}
@@ -206,7 +208,7 @@ def export_onnx(
                 pieces[name], seen = _export_piece(Piece(bundle, name, values[len(given):]), given, Path(scratch)/f'{name}.onnx', providers, bundle.config['name'])
                 kept |= seen
             np.savez_compressed(Path(scratch)/CAPTURED, **kept)
-            about = dict(bundle=bundle.config['name'], decoder=bundle.decoder, weights=_weights_of(bundle), licence=bundle.config.get('licence', ''), opset=OPSET)
+            about = _identity(bundle) | dict(licence=bundle.config.get('licence', ''), opset=OPSET)
             return _publish(Path(scratch), folder, about | dict(bound=BOUNDS[torch.float32], pieces=pieces))
     except OSError as error: raise _cannot_write(folder/MANIFEST, error) or error from error
 
@@ -236,8 +238,9 @@ class Exported:
         bundle:Bundle, # That was exported, on any device; changed in place
     ) -> Bundle: # The same
         "Let the graphs run the networks of a bundle, as `compile_bundle` does. Raises `BundleError` for another bundle than the exported one"
-        mine, its = ((facts['bundle'], facts['decoder'], facts['weights']) for facts in (self.manifest, dict(bundle=bundle.config['name'], decoder=bundle.decoder, weights=_weights_of(bundle))))
-        if mine != its: raise BundleError(f"The export is of {mine[0]} with its {mine[1]} decoder, not of {bundle} with its {its[1]} decoder and these weights: export this one with `musetalk export`.")
+        its = _identity(bundle)
+        mine = {name: self.manifest.get(name, 'own') for name in its}
+        if mine != its: raise BundleError("The export is of {bundle} with its {encoder} encoder and its {decoder} decoder, ".format(**mine) + f"not of {bundle} with its {bundle.encoder} encoder, its {bundle.decoder} decoder and these weights: export this one with `musetalk export`.")
         positions, states = tuple(self.manifest['pieces']['hear']['positions']), bundle.audio_encoder.states
         bundle.paint, bundle.vae.encode = self.pieces['paint'], _or_else(self.pieces['encode'], bundle.vae.encode)
         bundle.audio_encoder.states = lambda mel, *wanted: dict(enumerate(self.pieces['hear'](mel))) if wanted == positions else states(mel, *wanted)

@@ -84,7 +84,7 @@ ALIASES = {'v15': 'v1.5', '1.5': 'v1.5', 'v1': 'v1.0', 'v10': 'v1.0', '1.0': 'v1
 GROUPS = {
     'v1.5': 'MuseTalk 1.5: UNet, autoencoder, speech encoder, face parser',
     'v1.0': 'MuseTalk 1.0: the same with its first UNet',
-    'small': 'TAESD, a small decoder for both, see --small-decoder',
+    'small': 'TAESD, a small autoencoder for both, see --small-decoder',
     'face': 'S3FD and FAN, for the package face-alignment',
     'dwpose': 'landmarks as the original finds them, for onnxruntime',
     'training': 'SyncNet and VGG-19, judges of the second stage of training',

@@ -66,12 +66,13 @@ def bundle_key(
     bundle:Bundle, # Loaded
 ) -> str: # SHA-256 and number format
     "What the model is: its `bundle.json` holds the hash of every weight file"
-    if bundle.folder: return f"{sha256_file(Path(bundle.folder)/'bundle.json')} {bundle.dtype}"
+    small = ''.join(f' small {part}' for part in ('encoder', 'decoder') if getattr(bundle, part) == 'small')
+    if bundle.folder: return f"{sha256_file(Path(bundle.folder)/'bundle.json')} {bundle.dtype}{small}"
     digest = hashlib.sha256(json.dumps(bundle.config, sort_keys=True, default=str).encode())
     for model in (bundle.vae.model, bundle.painter, bundle.adapter):
         for name, value in ({} if model is None else model.state_dict()).items():
             digest.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
-    return f'{digest.hexdigest()} {bundle.dtype}'
+    return f'{digest.hexdigest()} {bundle.dtype}{small}'
 
 # %% ../nbs/61_store.ipynb #6cb97830
 LAYOUT = 1 # of the folder; a change makes every avatar anew

@@ -23,7 +23,8 @@ from llvmlite import binding, ir
 from torch import nn
 
 # %% ../nbs/36_winograd.ipynb #fcd3a248
-POINTS = tuple(map(Fraction, ('0', '1', '-1', '2', '-2', '1/2', '-1/2', '3', '-3')))
+POINTS = {count: [sign*Fraction(point) for point in points.split() for sign in ((1, -1) if point != '0' else (1,))]
+          for count, points in ((3, '0 1'), (5, '0 1 2'), (7, '0 1 2 1/2'), (8, '1/4 2/3 6/5 2'), (9, '0 2/5 5/6 5/4 5/2'))}
 
 def _product(roots): # coefficients of the polynomial with these roots, lowest first
     found = [Fraction(1)]
@@ -33,13 +34,14 @@ def _product(roots): # coefficients of the polynomial with these roots, lowest f
 @lru_cache
 def minimal_filter(
     m:int, # Outputs at once: 2, 4, 6, 8
-) -> tuple: # A^T [m,n], G [n,3], B^T [n,n] as lists of fractions, n = m + 2
-    "Matrices that compute `m` outputs of a filter of three taps with m + 2 multiplications"
-    points = POINTS[:m + 1]
+    taps:int=3, # Of the filter; 2 for 8 outputs only
+) -> tuple: # A^T [m,n], G [n,taps], B^T [n,n] as lists of fractions, n = m + taps - 1
+    "Matrices that compute `m` outputs of a filter with m + taps - 1 multiplications"
+    points = POINTS[m + taps - 2]
     others = [[other for other in points if other != point] for point in points]
     scale = [np.prod([point - other for other in rest]) for point, rest in zip(points, others)]
     back = [[point**power for point in points] + [Fraction(power == m - 1)] for power in range(m)]
-    filters = [[point**power/by for power in range(3)] for point, by in zip(points, scale)] + [[Fraction(0), Fraction(0), Fraction(1)]]
+    filters = [[point**power/by for power in range(taps)] for point, by in zip(points, scale)] + [[Fraction(power == taps - 1) for power in range(taps)]]
     data = [_product(rest) + [Fraction(0)] for rest in others] + [_product(points)]
     return back, filters, data
 
@@ -153,10 +155,10 @@ def _corner(b, tile, across, down, height, width, m): # picture, row, column whe
         return b.select(b.icmp_signed('<', place, last), place, last)
     return b.sdiv(tile, b.mul(across, down)), start(b.srem(b.sdiv(tile, across), down), height), start(b.srem(tile, across), width)
 
-def _scatter(module, m):
+def _scatter(module, m, taps):
     "Tiles [first, first + count) of pictures [B,H+2,W+2,C] to points [n*n,plane/C,C]"
-    (b, (picture, points, first, count, across, down, height, width, channels, plane)), n = _function(module, 'scatter', 2, 8), m + 2
-    matrix = minimal_filter(m)[2]
+    (b, (picture, points, first, count, across, down, height, width, channels, plane)), n = _function(module, 'scatter', 2, 8), m + taps - 1
+    matrix = minimal_filter(m, taps)[2]
     with _loop(b, _whole(0), count) as tile:
         image, row, column = _corner(b, b.add(tile, first), across, down, height, width, m)
         line = b.mul(b.add(width, _whole(2)), channels)
@@ -168,20 +170,21 @@ def _scatter(module, m):
     b.ret_void()
 
 # %% ../nbs/36_winograd.ipynb #4c303c2c
-def _gather(module, m, added):
-    "Points [n*n,plane/outputs,outputs] to tiles [first, first + count) of pictures [B,H,W,O], with a bias and perhaps another picture added"
-    (b, (points, out, bias, other, first, count, across, down, height, width, channels, plane, outputs)), n = _function(module, f'gather_{added}', 4, 9), m + 2
-    matrix = minimal_filter(m)[0]
+def _gather(module, m, taps, added):
+    "Points [n*n,plane/outputs,outputs] to tiles [first, first + count) of pictures [B,H,W,O] or each `step`-th pixel of larger ones, with a bias and perhaps another picture added"
+    (b, (points, out, bias, other, first, count, across, down, height, width, channels, plane, outputs, step)), n = _function(module, f'gather_{added}', 4, 10), m + taps - 1
+    matrix = minimal_filter(m, taps)[0]
     with _loop(b, _whole(0), count) as tile:
         image, row, column = _corner(b, b.add(tile, first), across, down, height, width, m)
-        line = b.mul(width, channels)
-        start = _sum(b, (_sum(b, (image, height), row), line), (column, channels))
+        pixel = b.mul(channels, step)
+        line = b.mul(b.mul(width, pixel), step)
+        start = _sum(b, (_sum(b, (image, height), row), line), (column, pixel))
         with _loop(b, _whole(0), channels, LANES) as channel:
             columns = [_back(b, matrix, [_load(b, points, _sum(b, (tile, outputs), channel, (plane, i*n + j))) for i in range(n)]) for j in range(n)]
             shift = _load(b, bias, channel)
             for i in range(m):
                 for j, value in enumerate(_back(b, matrix, [column[i] for column in columns])):
-                    at = _sum(b, start, channel, (line, i), (channels, j))
+                    at = _sum(b, start, channel, (line, i), (pixel, j))
                     value = b.fadd(value, shift)
                     _store(b, b.fadd(value, _load(b, other, at)) if added else value, out, at)
     b.ret_void()
@@ -215,9 +218,9 @@ def _multiply(module, biased):
     b.ret_void()
 
 # %% ../nbs/36_winograd.ipynb #a6df30de
-def _convolve(module, m, added):
+def _convolve(module, m, taps, added):
     "Convolution of tiles [first, last), `block` at a time"
-    b, (picture, kernel, out, bias, other, points, products, first, last, block, across, down, height, width, channels, results, outputs) = _function(module, f'convolve_{added}', 7, 10)
+    b, (picture, kernel, out, bias, other, points, products, first, last, block, across, down, height, width, channels, results, outputs, step) = _function(module, f'convolve_{added}', 7, 11)
     use = {function.name: function for function in module.functions}
     with _loop(b, _whole(0), b.sdiv(_sum(b, last, b.neg(first), block, _whole(-1)), block)) as number:
         start = _sum(b, first, (number, block))
@@ -226,9 +229,9 @@ def _convolve(module, m, added):
         rows = b.mul(b.sdiv(b.add(count, _whole(ROWS - 1)), _whole(ROWS)), _whole(ROWS))
         given, made = b.mul(block, channels), b.mul(block, outputs)
         b.call(use['scatter'], [picture, points, start, count, across, down, height, width, channels, given])
-        with _loop(b, _whole(0), _whole((m + 2)**2)) as point:
+        with _loop(b, _whole(0), _whole((m + taps - 1)**2)) as point:
             b.call(use['multiply_0'], [b.gep(points, [b.mul(point, given)]), b.gep(kernel, [_sum(b, (point, b.mul(channels, outputs)))]), b.gep(products, [b.mul(point, made)]), bias, rows, channels, outputs])
-        b.call(use[f'gather_{added}'], [products, out, bias, other, start, count, across, down, height, width, results, made, outputs])
+        b.call(use[f'gather_{added}'], [products, out, bias, other, start, count, across, down, height, width, results, made, outputs, step])
     b.ret_void()
 
 # %% ../nbs/36_winograd.ipynb #ed87bb46
@@ -287,12 +290,13 @@ def _normalize(module, bent):
 @lru_cache
 def _kernels(
     m:int=0, # Tile of a convolution; 0: normalization and matrix product
+    taps:int=3, # Of its filter
 ) -> dict: # Callables by name
     module = ir.Module()
     with _compiling:
         if m:
-            _scatter(module, m); _multiply(module, 0)
-            for added in (0, 1): _gather(module, m, added); _convolve(module, m, added)
+            _scatter(module, m, taps); _multiply(module, 0)
+            for added in (0, 1): _gather(module, m, taps, added); _convolve(module, m, taps, added)
         else:
             _moments(module); _multiply(module, 1)
             for bent in (0, 1): _normalize(module, bent)
@@ -389,14 +393,16 @@ class WinogradConv2d(nn.Module):
         conv:nn.Conv2d, # Whose weights are taken
         m:int=4, # Side of a tile
         bias=None, # [O] other bias than the convolution's
+        weight=None, # [O,C,taps,taps] other weights; of two taps the first meets the pixel before
     ):
         super().__init__()
         if not fits(conv): raise ValueError(f'Winograd needs a 3x3 convolution with stride and border 1 and input channels that are a multiple of {LANES}, not {conv}')
-        self.m, self.inputs, self.shown = m, conv.in_channels, conv.out_channels
+        weight = (conv.weight if weight is None else weight).detach().float()
+        self.m, self.taps, self.inputs, self.shown = m, weight.shape[-1], conv.in_channels, conv.out_channels
         self.outputs = ceil(self.shown/LANES)*LANES
-        filters = torch.tensor(np.array(minimal_filter(m)[1]).astype(float), dtype=torch.float32)
-        points = F.pad(torch.einsum('ia,ocab,jb->ijco', filters, conv.weight.detach().float(), filters), (0, -self.shown % COLUMNS))
-        self.register_buffer('kernel', points.reshape((m + 2)**2, self.inputs, -1, COLUMNS).transpose(1, 2).flatten(2).contiguous())
+        filters = torch.tensor(np.array(minimal_filter(m, self.taps)[1]).astype(float), dtype=torch.float32)
+        points = F.pad(torch.einsum('ia,ocab,jb->ijco', filters, weight, filters), (0, -self.shown % COLUMNS))
+        self.register_buffer('kernel', points.reshape(len(filters)**2, self.inputs, -1, COLUMNS).transpose(1, 2).flatten(2).contiguous())
         bias = conv.bias if bias is None else bias
         self.register_buffer('bias', F.pad(torch.zeros(self.shown) if bias is None else bias.detach().float(), (0, self.outputs - self.shown)))
 
@@ -416,19 +422,22 @@ def run(
     self,
     space:torch.Tensor, # [B,H+2,W+2,C] from `padded` or `normalized`
     added:torch.Tensor=None, # [B,O,H,W] to be added; O a multiple of 8
-) -> torch.Tensor: # [B,O,H,W], channels last
+    phase:tuple=None, # (row, column), each 0 or 1: the filter of two taps starts there, and writes
+    large:torch.Tensor=None, # every second pixel of this [B,2*H,2*W,O] from there on
+) -> torch.Tensor: # [B,O,H,W], channels last; `large` where it is given
     "The convolution of a picture that has its border already. Raises `ValueError` for one smaller than a tile"
     count, height, width = space.shape[0], space.shape[1] - 2, space.shape[2] - 2
     if min(height, width) < self.m: raise ValueError(f'A picture of {height}x{width} is smaller than a tile of {self.m}x{self.m}')
-    across, down, points = ceil(width/self.m), ceil(height/self.m), (self.m + 2)**2
+    across, down, points = ceil(width/self.m), ceil(height/self.m), len(self.kernel)
     tiles, outputs = count*across*down, self.kernel.shape[1]*COLUMNS
     block = min(max(BLOCK_BYTES//(4*points*(self.inputs + outputs)), 96), 480, ceil(tiles/ROWS)*ROWS)//ROWS*ROWS
-    out = _result(count, height, width, self.outputs)
+    out, step, (row, column) = (_result(count, height, width, self.outputs), 1, (0, 0)) if large is None else (large, 2, phase)
     other = None if added is None else added.permute(0, 2, 3, 1).contiguous()
-    call = _kernels(self.m)[f'convolve_{int(other is not None)}']
+    call = _kernels(self.m, self.taps)[f'convolve_{int(other is not None)}']
+    places = [space[0, row, column], self.kernel, out[0, row, column], self.bias, out if other is None else other]
     def work(first, last):
         given, made = _scratch('points', points, block, self.inputs), _scratch('products', points, block, outputs)
-        call(*(tensor.data_ptr() for tensor in (space, self.kernel, out, self.bias, out if other is None else other, given, made)), first, last, block, across, down, height, width, self.inputs, self.outputs, outputs)
+        call(*(tensor.data_ptr() for tensor in (*places, given, made)), first, last, block, across, down, height, width, self.inputs, self.outputs, outputs, step)
     _shared(work, tiles)
-    return out.permute(0, 3, 1, 2)[:, :self.shown]
+    return out.permute(0, 3, 1, 2)[:, :self.shown] if large is None else large
 WinogradConv2d.run = run

@@ -172,14 +172,14 @@ def test_download_and_models(tmp_path, shelf, capsys, monkeypatch):
     assert status == 2 and 'sd-vae/config.json is not the official file' in complaint and complaint.count('\n') == 1
 
 
-def test_small_decoder(tmp_path, shelf, portrait, capsys, monkeypatch):
-    "Fetched by its group, asked for by an option, gone with the command; and every way it can be missing"
+def test_small_autoencoder(tmp_path, shelf, portrait, capsys, monkeypatch):
+    "Fetched by its group, asked for by options, gone with the command; and every way it can be missing"
     import torch
     from diffusers import AutoencoderTiny
     from safetensors.torch import save_file
     from musetalk import models
     monkeypatch.setenv('MUSETALK_MODELS', str(tmp_path/'mine'))
-    monkeypatch.delenv('MUSETALK_DECODER', raising=False)
+    for part in ('ENCODER', 'DECODER'): monkeypatch.delenv(f'MUSETALK_{part}', raising=False)
     save_image(tmp_path/'she.png', portrait)
     write_audio(tmp_path/'words.wav', np.float32(.2*np.sin(np.arange(3200)/20)))
     assert run('download', 'v1.5', '--mirror', shelf.address, '--no-progress', capsys=capsys)[0] == 0
@@ -197,12 +197,13 @@ def test_small_decoder(tmp_path, shelf, portrait, capsys, monkeypatch):
     status, printed, _ = run('download', 'small', '--mirror', tmp_path/'stick', '--no-progress', capsys=capsys)
     assert status == 0 and printed.startswith(name) and printed.count(' whole\n') == 1
     file = tmp_path/'mine'/name
-    for name, option in (('own', ()), ('small', ('--small-decoder',))):
+    for name, option in (('own', ()), ('small', ('--small-decoder',)), ('both', ('--small-decoder', '--small-encoder'))):
         status, _, complaint = run(*words, 'v1.5', *option, '--out', tmp_path/f'{name}.mp4', capsys=capsys)
-        assert status == 0 and 'MUSETALK_DECODER' not in os.environ, complaint
-    own, small = (next(VideoSource(tmp_path/f'{name}.mp4').frames(0, 1)).image.astype(int) for name in ('own', 'small'))
-    assert np.abs(own - small).max() > 8 and not np.abs(own - small)[:own.shape[0]//3].any() # another mouth, and nothing else
-    assert [json.loads((tmp_path/f'{name}.json').read_text())['bundle']['decoder'] for name in ('own', 'small')] == ['own', 'small']
+        assert status == 0 and not {'MUSETALK_DECODER', 'MUSETALK_ENCODER'} & set(os.environ), complaint
+    own, small, both = (next(VideoSource(tmp_path/f'{name}.mp4').frames(0, 1)).image.astype(int) for name in ('own', 'small', 'both'))
+    for one, other in ((own, small), (small, both)): assert np.abs(one - other).max() > 4 and not np.abs(one - other)[:own.shape[0]//3].any() # another mouth, and nothing else
+    facts = [json.loads((tmp_path/f'{name}.json').read_text())['bundle'] for name in ('own', 'small', 'both')]
+    assert [(fact['encoder'], fact['decoder']) for fact in facts] == [('own', 'own'), ('own', 'small'), ('small', 'small')]
     file.write_bytes(file.read_bytes()[:1000])
     status, _, complaint = run(*words, 'v1.5', '--small-decoder', '--out', tmp_path/'none.mp4', capsys=capsys)
     assert status == 2 and 'is damaged' in complaint and complaint.count('\n') == 1
