@@ -21,6 +21,7 @@ from threading import Event, Thread
 import cv2
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 from .blend import composite
 from .bundle import Bundle
@@ -199,6 +200,7 @@ class PreparedFace:
         "Size of its arrays"
         return self.crop.nbytes + self.mask.nbytes + self.latents.nbytes
 
+# %% ../nbs/59_stages.ipynb #2430fa65
 def prepare_face(
     image:np.ndarray, # RGB uint8 [H,W,3]
     record:FaceRecord, # Its face, or none
@@ -244,19 +246,22 @@ class FaceCache:
         self._remember(batch)
         return [batch[frame.index] for frame, _ in pairs]
 
-    def _encode(self, faces):
-        if not faces: return
-        crops, corners = np.stack([face.crop for face in faces]), np.stack([face.mouth.corner for face in faces])
-        for face, latents in zip(faces, self.bundle.encode_crops(crops, corners)): face.latents = latents
-        self.encoded += len(faces)
+# %% ../nbs/59_stages.ipynb #84fb8efb
+@patch
+def _encode(self:FaceCache, faces):
+    if not faces: return
+    crops, corners = np.stack([face.crop for face in faces]), np.stack([face.mouth.corner for face in faces])
+    for face, latents in zip(faces, self.bundle.encode_crops(crops, corners)): face.latents = latents
+    self.encoded += len(faces)
 
-    def _remember(self, batch):
-        for index, face in batch.items():
-            if face is None: continue
-            if index not in self.known: self.size += face.bytes
-            self.known[index] = face
-            self.known.move_to_end(index)
-        while self.size > self.limit and len(self.known) > 1: self.size -= self.known.popitem(last=False)[1].bytes
+@patch
+def _remember(self:FaceCache, batch):
+    for index, face in batch.items():
+        if face is None: continue
+        if index not in self.known: self.size += face.bytes
+        self.known[index] = face
+        self.known.move_to_end(index)
+    while self.size > self.limit and len(self.known) > 1: self.size -= self.known.popitem(last=False)[1].bytes
 
 # %% ../nbs/59_stages.ipynb #ba531f6f
 def paint_faces(

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 
 from .core import ConfigError
@@ -143,17 +144,20 @@ class SpeechLessons:
                 if clips[i].voice is not None: target[far_from_speech(clips[i].voice)] = 0
         self.weights = clip_weights(self.rows)
 
-    def windows(self, clip): # [F,W,L,D] of a whole clip
-        "All windows of one clip"
-        return windows_at(self.features[clip], self.seconds[clip], *self.window).float()
+# %% ../nbs/56_train_parts.ipynb #61352af8
+@patch
+def windows(self:SpeechLessons, clip): # [F,W,L,D] of a whole clip
+    "All windows of one clip"
+    return windows_at(self.features[clip], self.seconds[clip], *self.window).float()
 
-    def __call__(self, rng):
-        if rng.random() < self.share:
-            at = rng.uniform(.3, len(self.quiet)/50 - .3)
-            return dict(windows=windows_at(self.quiet, [at], *self.window)[0].float(), target=np.zeros_like(self.targets[0][0]))
-        clip = int(rng.choice(len(self.rows), p=self.weights))
-        frame = int(rng.integers(len(self.targets[clip])))
-        return dict(windows=windows_at(self.features[clip], self.seconds[clip][frame:frame + 1], *self.window)[0].float(), target=self.targets[clip][frame])
+@patch
+def __call__(self:SpeechLessons, rng):
+    if rng.random() < self.share:
+        at = rng.uniform(.3, len(self.quiet)/50 - .3)
+        return dict(windows=windows_at(self.quiet, [at], *self.window)[0].float(), target=np.zeros_like(self.targets[0][0]))
+    clip = int(rng.choice(len(self.rows), p=self.weights))
+    frame = int(rng.integers(len(self.targets[clip])))
+    return dict(windows=windows_at(self.features[clip], self.seconds[clip][frame:frame + 1], *self.window)[0].float(), target=self.targets[clip][frame])
 
 # %% ../nbs/56_train_parts.ipynb #5600a017
 @torch.no_grad()
