@@ -195,8 +195,8 @@ def check_bundle(folder # of a bundle
 def _runtime(name, bundle):
     "Which program runs the networks: what is asked for, or what the bundle is worth and this machine has"
     name = name or os.environ.get('MUSETALK_RUNTIME')
-    if name not in (None, 'torch', 'openvino'): raise ConfigError(f"Unknown runtime '{name}'; use torch or openvino.")
-    if name: return name
+    if name in ('torch', 'openvino') or name and (Path(name)/'export.json').exists(): return name
+    if name: raise ConfigError(f"Unknown runtime '{name}'; use torch, openvino, or a folder that `musetalk export` wrote.")
     return bundle.config.get('runtime', 'torch') if bundle.device.type == 'cpu' and find_spec('openvino') else 'torch'
 
 def _small(**parts):
@@ -210,7 +210,7 @@ def _small(**parts):
 def load_bundle(name='mini', # a bundle's name, or a folder
                 device:str=None, # 'cuda', 'mps', 'cpu'; None chooses
                 dtype:str=None, # 'float32', 'bfloat16', 'float16'; None chooses
-                runtime:str=None, # 'torch', 'openvino'; None: MUSETALK_RUNTIME, or the best that is installed
+                runtime:str=None, # 'torch', 'openvino', an exported folder; None: MUSETALK_RUNTIME, or the best that is installed
                 decoder:str=None, # 'own', or 'small' for official weights; None: MUSETALK_DECODER, or its own
                 encoder:str=None # the same of the encoder; None: MUSETALK_ENCODER, or its own
                )->Bundle:
@@ -220,8 +220,11 @@ def load_bundle(name='mini', # a bundle's name, or a folder
     small = _small(encoder=encoder, decoder=decoder)
     if is_official(name):
         for part in small: find_small(part) # before gigabytes are read
-        return make_small(load_official(name, device, dtype), *small)
-    folder = find_bundle(name)
+        bundle = load_official(name, device, dtype)
+    else: bundle = _read_bundle(find_bundle(name), device, dtype)
+    return _run_by(_runtime(runtime, bundle), make_small(bundle, *small))
+
+def _read_bundle(folder, device, dtype):
     config = check_bundle(folder)
     device = choose_device(device); dtype = choose_dtype(device, dtype)
     adapter = None
@@ -231,10 +234,12 @@ def load_bundle(name='mini', # a bundle's name, or a folder
     vae, painter = load_vae(folder/'vae', device, dtype), load_painter(folder/'unet', device, dtype)
     for model in (vae.model, painter): model.to(memory_format=torch.channels_last)
     audio_encoder = WhisperEncoder.from_folder(folder/'audio_encoder', device, dtype)
-    bundle = Bundle(vae, painter, audio_encoder, adapter, config, folder)
-    if small: make_small(bundle, *small) # not compiled: the graphs in the cache are those of its own
-    elif _runtime(runtime, bundle) == 'openvino':
-        from musetalk.runtime import compile_bundle # it needs this module
-        compile_bundle(bundle)
-    logger.info('bundle %s from %s on %s, %s, run by %s', config['name'], folder, device, dtype, bundle.runtime)
+    return Bundle(vae, painter, audio_encoder, adapter, config, folder)
+
+def _run_by(runtime, bundle):
+    from musetalk.export import run_exported # these need this module
+    from musetalk.runtime import compile_bundle
+    if runtime not in ('torch', 'openvino'): run_exported(bundle, runtime)
+    elif runtime == 'openvino' and (bundle.encoder, bundle.decoder) == ('own', 'own'): compile_bundle(bundle) # the graphs in the cache are those of its own
+    logger.info('bundle %s from %s on %s, %s, run by %s', bundle.config['name'], bundle.folder, bundle.device, bundle.dtype, bundle.runtime)
     return bundle

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'ORDER', 'OVERVIEW', 'VIDEO', 'AUDIO', 'TEXT', 'BUNDLE', 'DEVICE', 'DTYPE', 'FACE_BACKEND',
-           'SMALL_DECODER', 'SMALL_ENCODER', 'MODEL', 'JSON', 'LOOK', 'FLOW', 'MAKING', 'SETTINGS', 'Command', 'option',
-           'command', 'build_parser', 'main', 'captured', 'given_settings', 'speech_file', 'show_bar', 'as_json',
-           'size_text', 'run_dub', 'run_preview', 'run_info', 'run_demo']
+           'SMALL_DECODER', 'SMALL_ENCODER', 'RUNTIME', 'MODEL', 'JSON', 'LOOK', 'FLOW', 'MAKING', 'SETTINGS',
+           'Command', 'option', 'command', 'build_parser', 'main', 'captured', 'given_settings', 'speech_file',
+           'show_bar', 'as_json', 'size_text', 'run_dub', 'run_preview', 'run_info', 'run_demo']
 
 # %% ../nbs/72_cli.ipynb #c1a53ef7
 import argparse
@@ -107,7 +107,7 @@ def main(
     start_logging(logging.INFO if args.verbose else logging.WARNING)
     if not args.verbose: os.environ.setdefault('DIFFUSERS_VERBOSITY', 'error')
     try:
-        with _stopped_politely(), _environment(MUSETALK_DTYPE=args.__dict__.get('dtype'), MUSETALK_FACE_BACKEND=args.__dict__.get('face_backend'), MUSETALK_ENCODER=args.__dict__.get('encoder'), MUSETALK_DECODER=args.__dict__.get('decoder')): return COMMANDS[args.command].run(args) or 0
+        with _stopped_politely(), _environment(MUSETALK_DTYPE=args.__dict__.get('dtype'), MUSETALK_FACE_BACKEND=args.__dict__.get('face_backend'), MUSETALK_RUNTIME=args.__dict__.get('runtime'), MUSETALK_ENCODER=args.__dict__.get('encoder'), MUSETALK_DECODER=args.__dict__.get('decoder')): return COMMANDS[args.command].run(args) or 0
     except MuseTalkError as error:
         print(f'musetalk: {error}', file=sys.stderr)
         return 2
@@ -121,7 +121,7 @@ def main(
 # %% ../nbs/72_cli.ipynb #envrmt01
 @contextmanager
 def _environment(**said):
-    "What --dtype, --face-backend, --small-encoder and --small-decoder say, where `choose_dtype`, `face_backend` and `load_bundle` look"
+    "What --dtype, --face-backend, --runtime, --small-encoder and --small-decoder say, where `choose_dtype`, `face_backend` and `load_bundle` look"
     said = {name: value for name, value in said.items() if value}
     before = {name: os.environ.get(name) for name in said}
     os.environ.update(said)
@@ -160,7 +160,8 @@ DTYPE = option('--dtype', metavar='NAME', help='fp32, bf16 or fp16 (default: wha
 FACE_BACKEND = option('--face-backend', metavar='NAME', help='landmarks by dlib, face-alignment or dwpose (default: face-alignment if its weights are there, else dlib)')
 SMALL_DECODER = option('--small-decoder', dest='decoder', action='store_const', const='small', help='decode official latents with TAESD: twice as fast, a little smoother (needs `musetalk download small`)')
 SMALL_ENCODER = option('--small-encoder', dest='encoder', action='store_const', const='small', help='encode for them with TAESD too, many times as fast: for footage that is not repeated (the same download)')
-MODEL = ('model', (BUNDLE, DEVICE, DTYPE, FACE_BACKEND, SMALL_DECODER, SMALL_ENCODER))
+RUNTIME = option('--runtime', metavar='NAME', help='torch, openvino, or a folder that `musetalk export` wrote (default: the best that is installed)')
+MODEL = ('model', (BUNDLE, DEVICE, DTYPE, FACE_BACKEND, RUNTIME, SMALL_DECODER, SMALL_ENCODER))
 JSON = option('--json', action='store_true', help='print figures as JSON')
 
 # %% ../nbs/72_cli.ipynb #lookng01

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'OPSET', 'LARGE', 'INPUTS', 'OUTPUTS', 'MANIFEST', 'CAPTURED', 'write_onnx', 'choose_providers', 'ports',
-           'OnnxPiece', 'overheard', 'capture', 'export_onnx', 'tensorrt_options', 'Exported', 'load_exported']
+           'OnnxPiece', 'overheard', 'capture', 'export_onnx', 'tensorrt_options', 'Exported', 'load_exported',
+           'run_exported']
 
 # %% ../nbs/37_export.ipynb #dda3b0bb
 import hashlib
@@ -268,3 +269,15 @@ def load_exported(
             error, bound = deviation(piece, lambda *_: made, given), BOUNDS[torch.float16 if half else torch.float32]
             if not error <= bound: raise BundleError(f"{name} deviates by {error:.1e} from what PyTorch made of the same, more than the {bound:.0e} that is allowed, when run by {', '.join(providers)} here: use other providers.")
     return Exported(manifest, pieces)
+
+# %% ../nbs/37_export.ipynb #c6620f70
+def run_exported(
+    bundle:Bundle, # That was exported; changed in place
+    folder:str|Path, # That `export_onnx` wrote
+) -> Bundle: # The same
+    "Let an export run a bundle, on the device that the bundle is on. Raises `BundleError`, and `ConfigError` for a card that ONNX Runtime cannot use"
+    providers, half = ('cpu',), bundle.dtype == torch.float16
+    if bundle.device.type == 'cuda':
+        there = {name.removesuffix('ExecutionProvider').lower() for name in _needed()[1].get_available_providers()}
+        providers = tuple(name for name in ('tensorrt', 'cuda') if name in there) or ('cuda',) # the latter complains
+    return load_exported(folder, providers, torch.get_num_threads(), half=half and bundle.device.type == 'cuda').into(bundle)

@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['logger', 'LEFT_BYTES', 'HALVES', 'FoldedResnet', 'PackedLinear', 'product', 'Upsampled', 'Doubled', 'ExactNorm',
-           'quicken', 'QuickVAE', 'machine_code_works', 'quick_bundle', 'FixedBatch', 'compile_for_cuda']
+           'quicken', 'QuickVAE', 'keep_freed_memory', 'machine_code_works', 'quick_bundle', 'FixedBatch',
+           'compile_for_cuda']
 
 # %% ../nbs/36_fast.ipynb #2bf6cf9d
+import ctypes
 import logging
 import os
+import sys
 from math import ceil
 
 import torch
@@ -187,6 +190,15 @@ def _gigabytes():
     except ImportError: return 0
     return psutil.virtual_memory().total/1e9
 
+# %% ../nbs/36_fast.ipynb #625c2dad
+def keep_freed_memory() -> bool: # It can be done here
+    "Let glibc keep freed memory for the next use, in the whole process"
+    if not sys.platform.startswith('linux'): return False
+    try: mallopt = ctypes.CDLL('libc.so.6').mallopt
+    except (OSError, AttributeError): return False # another C library
+    trim, mmap = -1, -3 # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    return bool(mallopt(trim, 2**31 - 1) and mallopt(mmap, 2**30))
+
 # %% ../nbs/36_fast.ipynb #f07ea910
 _sound = None
 
@@ -234,6 +246,7 @@ def quick_bundle(
     bundle.vae.model.encoder = RepeatingEncoder(bundle.vae.model.encoder)
     for model in (bundle.painter, bundle.vae.model): model.save_pretrained = _refuse
     bundle.vae = QuickVAE(bundle.vae.model)
+    keep_freed_memory()
     logger.info('%s paints with fast layers', bundle)
     return bundle
 

@@ -209,6 +209,22 @@ def test_small_autoencoder(tmp_path, shelf, portrait, capsys, monkeypatch):
     assert status == 2 and 'is damaged' in complaint and complaint.count('\n') == 1
 
 
+def test_an_export_runs_a_dub(tmp_path, portrait, capsys):
+    save_image(tmp_path/'she.png', portrait)
+    write_audio(tmp_path/'words.wav', np.float32(.2*np.sin(np.arange(3200)/20)))
+    assert run('export', '--output', tmp_path/'mini-onnx', '--frames', 2, capsys=capsys)[0] == 0
+    words = 'dub', '--video', tmp_path/'she.png', '--audio', tmp_path/'words.wav', '--device', 'cpu', '--dtype', 'fp32', '--runtime'
+    for runtime, ran in ((tmp_path/'mini-onnx', 'onnxruntime'), ('torch', 'torch')):
+        status, _, complaint = run(*words, runtime, '--out', tmp_path/f'{ran}.mp4', capsys=capsys)
+        assert status == 0 and json.loads((tmp_path/f'{ran}.json').read_text())['bundle']['runtime'] == ran, complaint
+    one, other = (next(VideoSource(tmp_path/f'{ran}.mp4').frames(3, 4)).image.astype(int) for ran in ('onnxruntime', 'torch'))
+    assert np.abs(one - other).mean() < .5
+    (tmp_path/'mini-onnx/paint.onnx').unlink()
+    for runtime, sentence in ((tmp_path/'mini-onnx', 'paint.onnx is missing'), (tmp_path, "Unknown runtime"), ('tensorflow', 'use torch, openvino, or a folder that `musetalk export` wrote')):
+        status, _, complaint = run(*words, runtime, '--out', tmp_path/'none.mp4', capsys=capsys)
+        assert status == 2 and sentence in complaint and complaint.count('\n') == 1 and not (tmp_path/'none.mp4').exists()
+
+
 @pytest.mark.parametrize('words,sentence', [(['v2'], "under the name 'v2': choose v1.5"), (['v1.5', '--mirror', 'http://127.0.0.1:9'], 'no connection to 127.0.0.1:9'), (['--workers', '0'], '--workers is 0')])
 def test_download_mistakes(tmp_path, shelf, capsys, words, sentence):
     status, _, complaint = run('download', *words, '--dir', tmp_path/'mine', '--no-progress', capsys=capsys)
