@@ -191,13 +191,15 @@ def _gigabytes():
     return psutil.virtual_memory().total/1e9
 
 # %% ../nbs/36_fast.ipynb #625c2dad
-def keep_freed_memory() -> bool: # It can be done here
+def keep_freed_memory(
+    keep:bool=True, # False: as much as it would of itself in the end
+) -> bool: # It can be done here
     "Let glibc keep freed memory for the next use, in the whole process"
     if not sys.platform.startswith('linux'): return False
     try: mallopt = ctypes.CDLL('libc.so.6').mallopt
     except (OSError, AttributeError): return False # another C library
-    trim, mmap = -1, -3 # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    return bool(mallopt(trim, 2**31 - 1) and mallopt(mmap, 2**30))
+    trim, mmap = -1, -3 # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h; its own rule lets them grow to 64 and 32 MiB
+    return bool(mallopt(trim, 2**31 - 1 if keep else 2**26) and mallopt(mmap, 2**30 if keep else 2**25))
 
 # %% ../nbs/36_fast.ipynb #f07ea910
 _sound = None
