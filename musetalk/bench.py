@@ -421,10 +421,10 @@ def _model_figures(name, flops, found, results, files, settings):
     stages = {name: faster(*pair) for name, pair in found.items()} | {
         'unet and decoder': faster(*added('unet', 'decoder')), 'unet and small decoder': faster(*added('unet', 'small decoder'))}
     job, parse = {}, found['parse'][0] # the reference parses every frame anew
-    for encoder, decoder, name in (('encode', 'decoder', ''), ('encode', 'small decoder', ', small decoder'), ('small encode', 'small decoder', ', small encoder and decoder')):
+    for encoder, decoder, way in (('encode', 'decoder', ''), ('encode', 'small decoder', ', small decoder'), ('small encode', 'small decoder', ', small encoder and decoder')):
         new, again = (added(*more, 'unet', decoder) for more in ((encoder, 'parse'), ()))
-        job[f'each frame new{name}'] = faster(new[0] + files, new[1])
-        if encoder == 'encode': job[f'footage repeated{name}'] = faster(again[0] + parse + files/2, again[1]) # nothing is encoded
+        job[f'each frame new{way}'] = faster(new[0] + files, new[1])
+        if encoder == 'encode': job[f'footage repeated{way}'] = faster(again[0] + parse + files/2, again[1]) # nothing is encoded
     rate = matrix_rate()
     errors = {name: float((mine - theirs).norm()/theirs.norm()) for name, (theirs, mine) in results.items()}
     return dict(measured='milliseconds of processor time for a frame, all threads together', machine=machine_kind(), date=date.today().isoformat(), threads=_threads(), model=name, **settings,
