@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RATES', 'MASK_KNOBS', 'BLEND_KNOBS', 'loaded', 'wav_bytes', 'Heard', 'heard', 'in_frames', 'SoundPicture',
            'listening', 'window_picture', 'audio_explorer', 'Painted', 'most_open', 'painted', 'blended',
-           'changed_options', 'mask_tuner']
+           'changed_options', 'mask_tuner', 'follow_frames']
 
 # %% ../nbs/70_explorers.ipynb #cf2b8fc0
 import wave
@@ -33,7 +33,7 @@ from .features import FEATURE_RATE
 from .mask import jaw_mask
 from .sound import audio_blocks
 from .stages import DubSettings, FaceCache, paint_faces, parse_fps, source_rest
-from .widgets import Panel, drawn, footage_picker, jpeg, pairs, slider, sound_picker, tracked_clip, view
+from .widgets import Panel, Picker, drawn, footage_picker, jpeg, pairs, slider, sound_picker, tracked_clip, view
 from .windows import window_starts
 
 # %% ../nbs/70_explorers.ipynb #a85f0b47
@@ -316,32 +316,53 @@ def _mask_draw(panel):
         panel['match'].disabled = panel['sharpen'].disabled = unused # moved skin has the right colour and sharpness
         panel['moved'].disabled = state.face.plan is None
 
+# %% ../nbs/70_explorers.ipynb #7463ce92
+def follow_frames(
+    panel:Panel, # Its state keeps what is shown: `clip`, `sound`, `number`
+    footage:Picker, # Of videos and pictures
+    speech:Picker, # Of sounds
+    frame:str, # Name of the slider that numbers the frames of the sound
+    make, # Function of `TrackedClip`, `Heard` and number of a frame, run beside the page
+    show, # Function of what that gives
+    bundle:str|Bundle, # Name, folder, or a loaded bundle
+    words:str, # What the page says meanwhile
+    most:int=1, # Frames of the footage that are tracked
+):
+    "Make and show one frame whenever footage, sound or slider change"
+    state = panel.state
+    state.clip = state.sound = state.number = None
+    def work(clip, sound, number):
+        number = most_open(sound) if number is None else number
+        return clip, sound, number, make(clip, sound, number)
+    def shown(made):
+        state.clip, state.sound, state.number, result = made
+        panel[frame].max = len(state.sound.windows) - 1
+        panel[frame].value = state.number
+        show(result)
+    def load():
+        with panel.trying():
+            video, audio = footage.path, speech.path
+            panel.start(lambda: work(tracked_clip(video, most), heard(audio, loaded(bundle, 'torch'), most=4), None), shown, words)
+    def say():
+        if state.sound is not None and panel[frame].value != state.number:
+            number = panel[frame].value
+            panel.start(lambda: work(state.clip, state.sound, number), shown)
+    footage.into(panel, load); speech.into(panel, load)
+    panel.watch(say, frame)
+    load()
+
 # %% ../nbs/70_explorers.ipynb #59bef165
 def _mask_wiring(panel, footage, speech, bundle):
     "What happens when something of a mask tuner is turned"
     state, knobs = panel.state, [*MASK_KNOBS, *BLEND_KNOBS]
-    state.face = state.clip = state.sound = None
+    state.face = None
     def draw(): _mask_draw(panel)
-    def show(made):
-        state.clip, state.sound, state.face = made
-        panel['moment'].max = len(state.sound.windows) - 1
-        panel['moment'].value = state.number
+    def show(face):
+        state.face = face
         draw()
-    def make(clip, sound, number):
-        state.number = most_open(sound) if number is None else number
-        return clip, sound, painted(clip, sound, state.number)
-    def load():
-        with panel.trying():
-            video, audio = footage.path, speech.path
-            panel.start(lambda: make(tracked_clip(video, 5), heard(audio, loaded(bundle, 'torch'), most=4), None), show, 'Painting one frame')
-    def say():
-        if state.sound is not None and panel['moment'].value != state.number:
-            number = panel['moment'].value
-            panel.start(lambda: make(state.clip, state.sound, number), show)
     def reset():
         with panel.at_once(draw):
             for name, limits in (MASK_KNOBS | BLEND_KNOBS).items(): panel[name].value = limits[0]
             panel['match'].value = panel['moved'].value = True
-    footage.into(panel, load); speech.into(panel, load)
-    panel.watch(draw, *knobs, 'match', 'moved'); panel.watch(say, 'moment'); panel['reset'].on_click(lambda button: reset())
-    load()
+    panel.watch(draw, *knobs, 'match', 'moved'); panel['reset'].on_click(lambda button: reset())
+    follow_frames(panel, footage, speech, 'moment', painted, show, bundle, 'Painting one frame', 5)

@@ -22,7 +22,7 @@ from .avatar import silent_window
 from .blend import composite
 from .bundle import Bundle
 from .core import contact_sheet
-from .explorers import heard, loaded, most_open, painted
+from .explorers import follow_frames, heard, loaded, most_open, painted
 from .losses import gradient_loss, l1_loss, lip_loss, perceptual_loss
 from .mouth import WINDOW
 from .recognition import load_recognition
@@ -130,30 +130,18 @@ def _attention_draw(panel):
 def _attention_wiring(panel, footage, speech, bundle):
     "What happens when something of an attention explorer is turned"
     state = panel.state
-    state.maps = state.number = None
+    state.maps = None
     def draw(): _attention_draw(panel)
+    def make(clip, sound, number):
+        face = painted(clip, sound, number).face
+        return face, attention_maps(sound.bundle, face, sound.windows[number])
     def show(made):
-        state.clip, state.sound, state.face, state.number, maps = made
+        state.face, maps = made
         same, state.maps = state.maps is not None and maps.keys() == state.maps.keys(), maps
-        panel['frame'].max = len(state.sound.windows) - 1
-        panel['frame'].value = state.number
         if not same: panel['layer'].options = [('mean of all layers', ''), *((f"{name} ({weights.shape[0]}x{weights.shape[1]})", name) for name, weights in maps.items())]
         draw()
-    def make(clip, sound, number):
-        number = most_open(sound) if number is None else number
-        face = painted(clip, sound, number).face
-        return clip, sound, face, number, attention_maps(sound.bundle, face, sound.windows[number])
-    def load():
-        with panel.trying():
-            video, audio = footage.path, speech.path
-            panel.start(lambda: make(tracked_clip(video, 1), heard(audio, loaded(bundle, 'torch'), most=4), None), show, 'Watching the painter')
-    def say():
-        if state.maps is not None and panel['frame'].value != state.number:
-            number = panel['frame'].value
-            panel.start(lambda: make(state.clip, state.sound, number), show)
-    footage.into(panel, load); speech.into(panel, load)
-    panel.watch(draw, 'layer', 'token'); panel.watch(say, 'frame')
-    load()
+    panel.watch(draw, 'layer', 'token')
+    follow_frames(panel, footage, speech, 'frame', make, show, bundle, 'Watching the painter')
 
 # %% ../nbs/70_inside.ipynb #977642c8
 def attention_explorer(
