@@ -206,24 +206,7 @@ def _small(**parts):
         if name not in ('own', 'small'): raise ConfigError(f"Unknown {part} '{name}'; use own or small.")
     return [part for part, name in parts.items() if name == 'small']
 
-# %% ../nbs/32_bundle.ipynb #bca3b9ba
-def load_bundle(name='mini', # a bundle's name, or a folder
-                device:str=None, # 'cuda', 'mps', 'cpu'; None chooses
-                dtype:str=None, # 'float32', 'bfloat16', 'float16'; None chooses
-                runtime:str=None, # 'torch', 'openvino', an exported folder; None: MUSETALK_RUNTIME, or the best that is installed
-                decoder:str=None, # 'own', or 'small' for official weights; None: MUSETALK_DECODER, or its own
-                encoder:str=None # the same of the encoder; None: MUSETALK_ENCODER, or its own
-               )->Bundle:
-    "Find, check and load a bundle, or official weights. Raises `BundleError` when it is unknown, incomplete or damaged."
-    from musetalk.official import is_official, load_official # these need this module
-    from musetalk.small import find_small, make_small
-    small = _small(encoder=encoder, decoder=decoder)
-    if is_official(name):
-        for part in small: find_small(part) # before gigabytes are read
-        bundle = load_official(name, device, dtype)
-    else: bundle = _read_bundle(find_bundle(name), device, dtype)
-    return _run_by(_runtime(runtime, bundle), make_small(bundle, *small))
-
+# %% ../nbs/32_bundle.ipynb #02ca7a3f
 def _read_bundle(folder, device, dtype):
     config = check_bundle(folder)
     device = choose_device(device); dtype = choose_dtype(device, dtype)
@@ -243,3 +226,21 @@ def _run_by(runtime, bundle):
     elif runtime == 'openvino' and (bundle.encoder, bundle.decoder) == ('own', 'own'): compile_bundle(bundle) # the graphs in the cache are those of its own
     logger.info('bundle %s from %s on %s, %s, run by %s', bundle.config['name'], bundle.folder, bundle.device, bundle.dtype, bundle.runtime)
     return bundle
+
+# %% ../nbs/32_bundle.ipynb #bca3b9ba
+def load_bundle(name='mini', # a bundle's name, or a folder
+                device:str=None, # 'cuda', 'mps', 'cpu'; None chooses
+                dtype:str=None, # 'float32', 'bfloat16', 'float16'; None chooses
+                runtime:str=None, # 'torch', 'openvino', an exported folder; None: MUSETALK_RUNTIME, or the best that is installed
+                decoder:str=None, # 'own', or 'small' for official weights; None: MUSETALK_DECODER, or its own
+                encoder:str=None # the same of the encoder; None: MUSETALK_ENCODER, or its own
+               )->Bundle:
+    "Find, check and load a bundle, or official weights. Raises `BundleError` when it is unknown, incomplete or damaged."
+    from musetalk.official import is_official, load_official # these need this module
+    from musetalk.small import find_small, make_small
+    small = _small(encoder=encoder, decoder=decoder)
+    if is_official(name):
+        for part in small: find_small(part) # before gigabytes are read
+        bundle = load_official(name, device, dtype)
+    else: bundle = _read_bundle(find_bundle(name), device, dtype)
+    return _run_by(_runtime(runtime, bundle), make_small(bundle, *small))

@@ -317,6 +317,10 @@ def _mask_draw(panel):
         panel['moved'].disabled = state.face.plan is None
 
 # %% ../nbs/70_explorers.ipynb #7463ce92
+def _one_frame(make, clip, sound, number=None):
+    number = most_open(sound) if number is None else number
+    return clip, sound, number, make(clip, sound, number)
+
 def follow_frames(
     panel:Panel, # Its state keeps what is shown: `clip`, `sound`, `number`
     footage:Picker, # Of videos and pictures
@@ -331,9 +335,6 @@ def follow_frames(
     "Make and show one frame whenever footage, sound or slider change"
     state = panel.state
     state.clip = state.sound = state.number = None
-    def work(clip, sound, number):
-        number = most_open(sound) if number is None else number
-        return clip, sound, number, make(clip, sound, number)
     def shown(made):
         state.clip, state.sound, state.number, result = made
         panel[frame].max = len(state.sound.windows) - 1
@@ -342,11 +343,11 @@ def follow_frames(
     def load():
         with panel.trying():
             video, audio = footage.path, speech.path
-            panel.start(lambda: work(tracked_clip(video, most), heard(audio, loaded(bundle, 'torch'), most=4), None), shown, words)
+            panel.start(lambda: _one_frame(make, tracked_clip(video, most), heard(audio, loaded(bundle, 'torch'), most=4)), shown, words)
     def say():
         if state.sound is not None and panel[frame].value != state.number:
             number = panel[frame].value
-            panel.start(lambda: work(state.clip, state.sound, number), shown)
+            panel.start(lambda: _one_frame(make, state.clip, state.sound, number), shown)
     footage.into(panel, load); speech.into(panel, load)
     panel.watch(say, frame)
     load()
