@@ -107,7 +107,7 @@ def main(
     start_logging(logging.INFO if args.verbose else logging.WARNING)
     if not args.verbose: os.environ.setdefault('DIFFUSERS_VERBOSITY', 'error')
     try:
-        with _stopped_politely(), _environment(MUSETALK_DTYPE=args.__dict__.get('dtype'), MUSETALK_FACE_BACKEND=args.__dict__.get('face_backend'), MUSETALK_RUNTIME=args.__dict__.get('runtime'), MUSETALK_ENCODER=args.__dict__.get('encoder'), MUSETALK_DECODER=args.__dict__.get('decoder')): return COMMANDS[args.command].run(args) or 0
+        with _stopped_politely(), _environment(**{f'MUSETALK_{name.upper()}': vars(args).get(name) for name in ('dtype', 'face_backend', 'runtime', 'encoder', 'decoder')}): return COMMANDS[args.command].run(args) or 0
     except MuseTalkError as error:
         print(f'musetalk: {error}', file=sys.stderr)
         return 2

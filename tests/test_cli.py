@@ -201,7 +201,7 @@ def test_small_autoencoder(tmp_path, shelf, portrait, capsys, monkeypatch):
         status, _, complaint = run(*words, 'v1.5', *option, '--out', tmp_path/f'{name}.mp4', capsys=capsys)
         assert status == 0 and not {'MUSETALK_DECODER', 'MUSETALK_ENCODER'} & set(os.environ), complaint
     own, small, both = (next(VideoSource(tmp_path/f'{name}.mp4').frames(0, 1)).image.astype(int) for name in ('own', 'small', 'both'))
-    for one, other in ((own, small), (small, both)): assert np.abs(one - other).max() > 4 and not np.abs(one - other)[:own.shape[0]//3].any() # another mouth, and nothing else
+    for one, other, least in ((own, small, 8), (small, both, 4)): assert np.abs(one - other).max() > least and not np.abs(one - other)[:own.shape[0]//3].any() # another mouth, and nothing else
     facts = [json.loads((tmp_path/f'{name}.json').read_text())['bundle'] for name in ('own', 'small', 'both')]
     assert [(fact['encoder'], fact['decoder']) for fact in facts] == [('own', 'own'), ('own', 'small'), ('small', 'small')]
     file.write_bytes(file.read_bytes()[:1000])
